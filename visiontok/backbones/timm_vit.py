@@ -1,0 +1,322 @@
+"""timm's VisionTransformer and its variants: DeiT, DeiT-III, DINOv2, CLIP, SigLIP, FlexiViT, registers, pools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
+from visiontok.core.runtime import Stage, carry_state, hint_grid, state_of
+from visiontok.core.signals import Signal, Site
+from visiontok.core.state import TokenState
+from visiontok.core.tokens import restore
+from visiontok.errors import IncompatibleError
+
+__all__ = ["TimmViT"]
+
+_BLOCK = "timm.models.vision_transformer.Block"
+_RES_POST = "timm.models.vision_transformer.ResPostBlock"
+_PARALLEL_THINGS = "timm.models.vision_transformer.ParallelThingsBlock"
+# Where timm's plain attention lives in the versions that we support.
+_ATTENTION_FORWARDS = (
+    "timm.layers.attention.Attention.forward",
+    "timm.models.vision_transformer.Attention.forward",
+)
+
+_FROM_ATTENTION = frozenset({Signal.KEY, Signal.QUERY, Signal.VALUE})
+_HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | _FROM_ATTENTION
+
+_QKV = "_visiontok_qkv"
+
+
+class PatchedAttention:
+    """Attention that, when asked, hands out its q, k, v with its output."""
+
+    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, *args: Any, tap: bool = False, **kwargs: Any) -> Tensor:
+        if not tap:
+            return super().forward(x, attn_mask, *args, **kwargs)  # type: ignore[misc]
+        batch, length, _ = x.shape
+        heads = self.num_heads
+        qkv = self.qkv(x).reshape(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        dropout = self.attn_drop.p if self.training else 0.0
+        if self.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        else:
+            logits = (q * self.scale) @ k.transpose(-2, -1)
+            logits = logits if attn_mask is None else logits + attn_mask
+            y = self.attn_drop(logits.softmax(dim=-1)) @ v
+        y = self.norm(y.transpose(1, 2).reshape(batch, length, -1))
+        gate = getattr(self, "gate", None)
+        if gate is not None:
+            y = y * gate(x).sigmoid()
+        y = self.proj_drop(self.proj(y))
+        setattr(y, _QKV, (q, k, v))
+        return y
+
+
+def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, dict[str, Callable[[], Any]]]:
+    bias = state.key_bias(_bias_dtype(attn, x))
+    if not isinstance(attn, PatchedAttention):
+        return attn(x, attn_mask=bias), {}
+    y = attn(x, attn_mask=bias, tap=True)
+    q, k, v = getattr(y, _QKV)
+    return y, {"QUERY": lambda: q, "KEY": lambda: k, "VALUE": lambda: v}
+
+
+def _bias_dtype(attn: Any, x: Tensor) -> torch.dtype:
+    # Only the CPU's fused kernel takes an fp32 bias with half-precision queries.
+    exact = x.device.type == "cpu" and attn.fused_attn and not torch.is_autocast_enabled("cpu")
+    return torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
+
+
+class PatchedBlock:
+    """A block with a reduction point between attention and MLP."""
+
+    _visiontok: Stage
+
+    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        stage: Stage = self._visiontok
+        state = stage.enter(x)
+        if stage.first:
+            x, state = stage.before(x, state)
+        if stage.idle(state):
+            y = super().forward(x, attn_mask, **kwargs)  # type: ignore[misc]
+            return stage.leave(y, state, {})
+        if attn_mask is not None or kwargs.get("is_causal"):
+            given = "attn_mask" if attn_mask is not None else "is_causal"
+            raise IncompatibleError(
+                f"block {stage.layer}: {given} was given but tokens are merged or dropped here, so its rows and columns "
+                "no longer name the same tokens; call without it, or patch with no reduction up to this block."
+            )
+        y, state, offered = self._visiontok_run(x, state, stage)
+        return stage.leave(y, state, offered)
+
+
+class _PreNormBlock(PatchedBlock):
+    def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
+        y, offered = _attend(self.attn, self.norm1(x), state)
+        x = x + self.drop_path1(self.ls1(y))
+        x, after = stage.mid(x, state, offered)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x, after, offered if after is state else {}
+
+
+class _ResPostBlock(PatchedBlock):
+    def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
+        y, offered = _attend(self.attn, x, state)
+        x = x + self.drop_path1(self.norm1(y))
+        x, after = stage.mid(x, state, offered)
+        x = x + self.drop_path2(self.norm2(self.mlp(x)))
+        return x, after, offered if after is state else {}
+
+
+class _ParallelThingsBlock(PatchedBlock):
+    def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
+        ran = [(branch, *_attend(branch.attn, branch.norm(x), state)) for branch in self.attns]
+        x = x + torch.stack([branch.drop_path(branch.ls(y)) for branch, y, _ in ran]).sum(dim=0)
+        offered = _joined([signals for _, _, signals in ran])
+        x, after = stage.mid(x, state, offered)
+        x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
+        return x, after, offered if after is state else {}
+
+
+def _joined(branches: list[dict[str, Callable[[], Any]]]) -> dict[str, Callable[[], Any]]:
+    # Parallel attentions count as one with all their heads.
+    def join(name: str) -> Callable[[], Tensor]:
+        return lambda: torch.cat([branch[name]() for branch in branches], dim=1)
+
+    return {name: join(name) for name in branches[0]}
+
+
+class PatchedNorm:
+    """A norm that lets the token state pass to the head."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return carry_state(x, super().forward(x))  # type: ignore[misc]
+
+
+class PatchedViT:
+    """The model: hands the patch grid to block 0 and lets pools and feature maps see sizes and origins."""
+
+    _visiontok: Any
+
+    def _pos_embed(self: Any, x: Tensor) -> Tensor:
+        grid = (int(x.shape[1]), int(x.shape[2])) if x.dim() == 4 else None
+        y = super()._pos_embed(x)  # type: ignore[misc]
+        return y if grid is None else hint_grid(y, grid)
+
+    def forward_features(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
+        fill, state = self._visiontok.restore_fill, state_of(y)
+        return y if fill is None or state is None else state.restore(y, fill)
+
+    def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
+        state = state_of(x)
+        kind = self.global_pool if pool_type is None else pool_type
+        if state is None or state.size is None or (self.attn_pool is None and kind in ("", "token")):
+            return super().pool(x, pool_type)  # type: ignore[misc]
+        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        if self.attn_pool is not None:
+            return self._visiontok_attention_pool(x, state, skip, pool_type)
+        x, size = x[:, skip:], state.size[:, skip:]
+        mean = ((x * size).sum(dim=1) / size.sum(dim=1)).to(x.dtype)
+        if kind == "avg":
+            return mean
+        peak = x.masked_fill(size == 0, -math.inf).amax(dim=1)
+        return peak if kind == "max" else 0.5 * (peak + mean)
+
+    def _visiontok_attention_pool(self: Any, x: Tensor, state: TokenState, skip: int, pool_type: str | None) -> Tensor:
+        if not Backbone.accepts(self.attn_pool.forward, "attn_mask"):
+            # A token counts as often as it has members, so the restored sequence gives the exact pool.
+            return super().pool(state.restore(x, "nearest"), pool_type)  # type: ignore[misc]
+        bias = state.changed(proportional=True).key_bias(_bias_dtype(self.attn_pool, x))
+        return self.attn_pool(x[:, skip:], attn_mask=bias[..., skip:])
+
+    def forward_intermediates(
+        self: Any,
+        x: Tensor,
+        indices: Any = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        fill = self._visiontok.restore_fill or ("nearest" if output_fmt == "NCHW" else None)
+        call = super().forward_intermediates  # type: ignore[misc]
+        if fill is None or output_fmt not in ("NCHW", "NLC"):
+            return call(
+                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict, **kwargs
+            )
+        final, taken = call(x, indices, True, norm, stop_early, "NLC", False, **kwargs)
+        state = state_of(final)
+        pairs = taken if self.num_prefix_tokens else [(spatial, None) for spatial in taken]
+        features = self._visiontok_dense(pairs, indices, state, fill)
+        if output_fmt == "NCHW":
+            height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+            features = [y.transpose(1, 2).unflatten(2, (height, width)).contiguous() for y in features]
+        prefixes = [prefix for _, prefix in pairs] if self.num_prefix_tokens and return_prefix_tokens else None
+        final = final if state is None or self._visiontok.restore_fill is None else state.restore(final, fill)
+        if output_dict:
+            out = {"image_intermediates": features}
+            out.update({} if prefixes is None else {"image_intermediates_prefix": prefixes})
+            return out if intermediates_only else {**out, "image_features": final}
+        shown = features if prefixes is None else list(zip(features, prefixes))
+        return shown if intermediates_only else (final, shown)
+
+    def _visiontok_dense(self: Any, pairs: Any, indices: Any, state: TokenState | None, fill: Any) -> list[Tensor]:
+        from timm.models._features import feature_take_indices
+
+        spatial = [y for y, _ in pairs]
+        if state is None:
+            return spatial
+        layers, _ = feature_take_indices(len(self.blocks), indices)
+        skip = self.num_prefix_tokens
+        origins = [state.origin_after(state.marks[layer])[:, skip:] for layer in layers]
+        return [restore(y, (origin - skip).clamp_min(-1), fill) for y, origin in zip(spatial, origins)]
+
+
+class TimmViT(Backbone):
+    """timm VisionTransformer with Block, ResPostBlock or ParallelThingsBlock."""
+
+    name = "timm_vit"
+    library = "timm"
+    hosts = ("timm.models.vision_transformer.VisionTransformer",)
+    provides: Mapping[Site, frozenset[Signal]] = {Site.MID: _HAVE, Site.PRE: _HAVE}
+
+    def blocks(self, model: Any) -> list[Block]:
+        return [Block(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+
+    def prefix(self, model: Any) -> int:
+        return model.num_prefix_tokens
+
+    def length(self, model: Any) -> int:
+        return model.patch_embed.num_patches + model.num_prefix_tokens
+
+    def grid(self, model: Any) -> tuple[int, int] | None:
+        height, width = model.patch_embed.grid_size
+        return int(height), int(width)
+
+    def input_size(self, model: Any) -> tuple[int, ...]:
+        height, width = model.patch_embed.img_size
+        return model.in_chans if hasattr(model, "in_chans") else 3, int(height), int(width)
+
+    def signals(self, model: Any, site: Site) -> frozenset[Signal]:
+        tapped = all(_tappable(attn) for _, block in self.blocks(model) for attn in _attentions(block))
+        return _HAVE if tapped else _HAVE - _FROM_ATTENTION
+
+    def check(self, model: Any, site: Site) -> None:
+        for path, block in self.blocks(model):
+            if _mixin(block) is None:
+                raise IncompatibleError(
+                    f"{path} is a {type(block).__name__}, which has no point between attention and MLP; visiontok runs "
+                    "Block, ResPostBlock and ParallelThingsBlock of timm."
+                )
+
+    def swaps(self, model: Any) -> list[Swap]:
+        swaps = [Swap("", model, PatchedViT)]
+        for path, block in self.blocks(model):
+            mixin = _mixin(block)
+            if mixin is not None:
+                swaps.append(Swap(path, block, mixin))
+            swaps += [Swap(f"{path} attention", a, PatchedAttention) for a in _attentions(block) if _tappable(a)]
+        norms = [(name, getattr(model, name)) for name in ("norm", "norm_pre")]
+        return swaps + [Swap(name, norm, PatchedNorm) for name, norm in norms if not isinstance(norm, nn.Identity)]
+
+    def example(self) -> tuple[nn.Module, Tensor]:
+        return self.examples()["cls"]
+
+    def examples(self) -> dict[str, tuple[nn.Module, Tensor]]:
+        from timm.models import deit, vision_transformer as vit
+
+        small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
+        variants: dict[str, dict[str, Any]] = {
+            "cls": {},
+            "gap": {"class_token": False, "global_pool": "avg"},
+            "gap_cls": {"global_pool": "avg"},
+            "registers": {"reg_tokens": 4, "init_values": 0.1, "no_embed_class": True},
+            "avgmax": {"class_token": False, "global_pool": "avgmax"},
+            "map": {"class_token": False, "global_pool": "map"},
+            "qk_norm": {"qk_norm": True, "scale_attn_norm": True},
+            "res_post": {"block_fn": vit.ResPostBlock, "init_values": 0.1},
+            "parallel_things": {"block_fn": vit.ParallelThingsBlock, "init_values": 0.1},
+            "dynamic": {"dynamic_img_size": True, "pre_norm": True},
+        }
+        made: dict[str, tuple[nn.Module, Tensor]] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            image = torch.randn(2, 3, 32, 32)
+            for key, options in variants.items():
+                made[key] = (vit.VisionTransformer(**small, **options).eval(), image)
+            for block in made["qk_norm"][0].blocks:
+                if hasattr(block.attn, "gate"):
+                    block.attn.gate = nn.Linear(small["embed_dim"], block.attn.attn_dim)
+            made["distilled"] = (deit.VisionTransformerDistilled(**small).eval(), image)
+        return made
+
+
+def _mixin(block: Any) -> type | None:
+    paths = class_paths(block)
+    known = {_BLOCK: _PreNormBlock, _RES_POST: _ResPostBlock, _PARALLEL_THINGS: _ParallelThingsBlock}
+    path = next((path for path in paths if path in known), None)
+    # A subclass with a forward of its own may do anything there; running ours instead would be silently wrong.
+    own = own_class(block).forward
+    return known[path] if path is not None and f"{own.__module__}.{own.__qualname__}" == f"{path}.forward" else None
+
+
+def _attentions(block: Any) -> list[Any]:
+    return [branch.attn for branch in block.attns] if hasattr(block, "attns") else [block.attn]
+
+
+def _tappable(attn: Any) -> bool:
+    own = own_class(attn).forward
+    return f"{own.__module__}.{own.__qualname__}" in _ATTENTION_FORWARDS

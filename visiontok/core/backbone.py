@@ -1,0 +1,104 @@
+"""Backbone: says where in its model a reduction may happen and which signals it has there. Knows no reducer."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from visiontok.core.signals import Signal, Site
+
+__all__ = ["Backbone", "Block", "Swap", "class_paths", "own_class"]
+
+
+class Block(NamedTuple):
+    """A block of the model in running order."""
+
+    path: str
+    module: nn.Module
+
+
+class Swap(NamedTuple):
+    """A module whose class is replaced while patched.
+
+    Attributes:
+        path: Dotted path in the model, `""` for the model itself.
+        module: The module.
+        mixin: Class put before the module's own class.
+    """
+
+    path: str
+    module: nn.Module
+    mixin: type
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class as its library made it, patched or not."""
+    return getattr(type(module), "_visiontok_base", type(module))
+
+
+def class_paths(module: nn.Module) -> list[str]:
+    """`module.qualname` of every class in the MRO of the module's own class, most derived first."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in own_class(module).__mro__]
+
+
+class Backbone(ABC):
+    """Base of all families; one file per family, host libraries are imported inside functions only."""
+
+    name: ClassVar[str] = ""
+    hosts: ClassVar[tuple[str, ...]] = ()
+    library: ClassVar[str] = ""
+    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {}
+    grid_only: ClassVar[bool] = False
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model belongs to the family; classes are compared by name, so nothing is imported."""
+        return any(path in self.hosts for path in class_paths(model))
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[Block]:
+        """The blocks in running order."""
+
+    @abstractmethod
+    def prefix(self, model: nn.Module) -> int:
+        """Leading tokens (class, distillation, registers) that no reducer may touch."""
+
+    @abstractmethod
+    def length(self, model: nn.Module) -> int:
+        """Tokens of the model's nominal input, prefix included."""
+
+    @abstractmethod
+    def grid(self, model: nn.Module) -> tuple[int, int] | None:
+        """(h, w) of the nominal input's patch tokens."""
+
+    @abstractmethod
+    def check(self, model: nn.Module, site: Site) -> None:
+        """Raises IncompatibleError, naming the module, if a part of the model cannot be run at that site."""
+
+    @abstractmethod
+    def swaps(self, model: nn.Module) -> list[Swap]:
+        """The classes to replace, blocks included."""
+
+    def signals(self, model: nn.Module, site: Site) -> frozenset[Signal]:
+        """Signals on offer at a site for this very model."""
+        return self.provides.get(site, frozenset())
+
+    def input_size(self, model: nn.Module) -> tuple[int, ...]:
+        """Shape of one nominal input without the batch."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def example(self) -> tuple[nn.Module, Any]:
+        """A tiny random model and an input for it; drives docs and the conformance tests."""
+
+    def examples(self) -> dict[str, tuple[nn.Module, Any]]:
+        """All variants worth testing, by name; the first is `example()`."""
+        return {"default": self.example()}
+
+    @staticmethod
+    def accepts(function: Any, argument: str) -> bool:
+        """Whether a host function takes an argument of that name."""
+        return argument in inspect.signature(function).parameters

@@ -1,0 +1,99 @@
+"""Compute in multiply-accumulates, counted by torch.utils.flop_counter on the meta device. Papers call MACs FLOPs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from visiontok.core.reducer import Reducer, Where
+from visiontok.core.schedule import Budget
+from visiontok.core.signals import Signals, Site
+from visiontok.core.state import TokenState
+from visiontok.core.tokens import TokenMap
+
+__all__ = ["Leading", "Profile", "count_macs", "meta_copy", "profile"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """MACs of one forward.
+
+    Attributes:
+        total: All of them.
+        blocks: Of each counted module, by path.
+    """
+
+    total: int
+    blocks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Leading(Reducer):
+    """Keeps the leading tokens, at no cost: the stand-in that tells a model's compute from its matcher's.
+
+    Args:
+        inner: The reducer whose places and counts it takes.
+    """
+
+    inner: Reducer | None = None
+
+    @property
+    def site(self) -> Site:  # type: ignore[override]
+        return self.inner.site if self.inner else Site.MID
+
+    @property
+    def proportional(self) -> bool:
+        return bool(self.inner and self.inner.proportional)
+
+    def layers(self, depth: int) -> range:
+        return self.inner.layers(depth) if self.inner else super().layers(depth)
+
+    def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
+        source = super() if self.inner is None else self.inner
+        return source.removed(n, budget, where, prefix)
+
+    def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
+        count = state.n - (budget or 0)
+        kept = torch.arange(state.prefix, count, device=state.device).expand(state.batch, -1)
+        return TokenMap.keep(kept, state.n, state.prefix)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy on the meta device: same modules and shapes, no storage."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty: Tensor = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo).eval()
+
+
+def profile(model: nn.Module, inputs: Any, paths: tuple[str, ...] = ()) -> Profile:
+    """Counts the MACs of one forward; the model may be on the meta device.
+
+    Args:
+        model: The model.
+        inputs: Its input, or a tuple of positional inputs.
+        paths: Modules whose share is wanted, by dotted path.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    by_module = {name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    return Profile(counter.get_total_flops() // 2, {path: by_module.get(path, 0) for path in paths})
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) -> int:
+    """MACs of one forward of a model, on the meta device; the model itself is not run.
+
+    Args:
+        model: A model whose only input is a tensor.
+        input_size: Shape without the batch, e.g. (3, 224, 224).
+        batch: Batch size.
+    """
+    ghost = meta_copy(model)
+    return profile(ghost, torch.empty(batch, *input_size, device="meta")).total

@@ -1,0 +1,135 @@
+"""install / remove: cached importable subclasses, re-binding of accelerate's hooks, detached copies.
+
+A patched module's class is replaced by a subclass `(mixin, own class)` that keeps the own class's name, qualified name
+and module, is made once per pair, and pickles as "the own class plus the mixin". Nothing else about the module changes,
+so state_dict keys, hooks, wrap policies, deepcopy, checkpointing and torch.compile keep working.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from visiontok.core.backbone import Swap
+from visiontok.errors import AlreadyPatchedError, IncompatibleError, NotPatchedError
+
+__all__ = ["detached", "install", "is_patched", "remove", "subclass"]
+
+ATTRIBUTE = "_visiontok"
+
+_cache: dict[tuple[type, type], type] = {}
+
+
+class Patched:
+    """Marks every class made here; holds what all of them need to pickle."""
+
+    _visiontok_mixin: type
+    _visiontok_base: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = super().__reduce_ex__(max(int(protocol), 2))
+        return (_rebuild, (self._visiontok_mixin, self._visiontok_base), *state[2:])
+
+
+def _rebuild(mixin: type, base: type) -> Any:
+    cls = subclass(mixin, base)
+    return cls.__new__(cls)
+
+
+def subclass(mixin: type, base: type) -> type:
+    """The class `(mixin, base)` that passes for `base`; the same object every time."""
+    key = (mixin, base)
+    if key not in _cache:
+        namespace = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_visiontok_mixin": mixin,
+            "_visiontok_base": base,
+        }
+        _cache[key] = type(base.__name__, (mixin, Patched, base), namespace)
+    return _cache[key]
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether this very module carries a patch."""
+    return isinstance(module, Patched)
+
+
+def check(swaps: Sequence[Swap]) -> None:
+    """Raises if a class swap would have no effect or hit a patched module; changes nothing.
+
+    Raises:
+        AlreadyPatchedError: A module is patched.
+        IncompatibleError: A module has a `forward` of its own that visiontok did not put there.
+    """
+    for path, module, _ in swaps:
+        where = path or type(module).__name__
+        if is_patched(module):
+            raise AlreadyPatchedError(
+                f"{where} is patched already; change it with Reduction.set(...) or call visiontok.unpatch(model) first."
+            )
+        if "forward" in vars(module) and not _accelerated(module):
+            raise IncompatibleError(
+                f"{where} has a forward of its own on the instance ({vars(module)['forward']!r}), which would bypass the "
+                "patch; remove it first, patch, then put it back."
+            )
+
+
+def install(swaps: Sequence[Swap]) -> None:
+    """Replaces the classes; all or none."""
+    check(swaps)
+    done: list[nn.Module] = []
+    try:
+        for _, module, mixin in swaps:
+            _swap(module, subclass(mixin, type(module)))
+            done.append(module)
+    except BaseException:
+        for module in done:
+            _swap(module, type(module)._visiontok_base)
+        raise
+
+
+def remove(modules: Sequence[nn.Module]) -> None:
+    """Gives the modules their own classes back; all or none.
+
+    Raises:
+        NotPatchedError: A module is not patched, or was wrapped in another class after patching (FSDP2).
+    """
+    for module in modules:
+        cls = type(module)
+        if "_visiontok_base" not in vars(cls):
+            hint = "unshard or unwrap it first" if isinstance(module, Patched) else "it is not patched"
+            raise NotPatchedError(f"cannot unpatch {cls.__name__}: its class was changed after patching; {hint}.")
+    for module in modules:
+        _swap(module, type(module)._visiontok_base)
+        vars(module).pop(ATTRIBUTE, None)
+
+
+def _swap(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+    if _accelerated(module):
+        # accelerate put a forward on the instance that calls `_old_forward`, a method bound to the former class.
+        vars(module)["_old_forward"] = cls.forward.__get__(module)
+
+
+def _accelerated(module: nn.Module) -> bool:
+    return "_hf_hook" in vars(module) and "_old_forward" in vars(module)
+
+
+def detached(model: nn.Module) -> nn.Module:
+    """A copy of the model that shares every parameter and buffer and may be patched on its own.
+
+    Args:
+        model: Any module, patched or not; a patched one yields a patched copy.
+
+    Returns:
+        New modules around the same tensors.
+    """
+    shared: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        shared[id(tensor)] = tensor
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,226 @@
+"""Reducer: decides where tokens go. One frozen dataclass per method; it knows no backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from visiontok.core import schedule
+from visiontok.core.schedule import Budget
+from visiontok.core.signals import Signal, Signals, Site
+from visiontok.core.state import TokenState
+from visiontok.core.tokens import TokenMap
+from visiontok.errors import ParameterError, UnknownNameError, did_you_mean
+
+__all__ = ["Card", "Reducer", "Where"]
+
+_BUDGETS = ("r", "keep", "gflops", "tokens")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method is, for people: shown by `visiontok.describe`, the CLI, the docs and the demo.
+
+    Attributes:
+        title: Full name.
+        summary: One sentence.
+        paper: Citation.
+        url: Where to read it.
+        year: Of publication.
+        license: Licence of the authors' code (ours is written anew under Apache-2.0).
+        training_free: Works on a pretrained model as it is.
+        cons: Honest drawbacks.
+        official: How the released code differs from the paper or from us.
+        name, site, signals, parameters: Filled in by `describe`.
+    """
+
+    title: str
+    summary: str
+    paper: str
+    url: str
+    year: int
+    license: str
+    training_free: bool = True
+    cons: tuple[str, ...] = ()
+    official: str = ""
+    name: str = ""
+    site: str = ""
+    signals: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.title}", self.summary, f"{self.paper}. {self.url}"]
+        free = "training-free" if self.training_free else "needs training"
+        lines.append(f"{self.year}, original licence {self.license}, {free}")
+        lines.append(f"site {self.site}, needs {', '.join(self.signals) or 'nothing'}")
+        lines += [f"  {name} = {value!r}" for name, value in self.parameters.items()]
+        lines += [f"- {con}" for con in self.cons]
+        if self.official:
+            lines.append(f"Official code: {self.official}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Where:
+    """The place of a decision: `layer` blocks already run (at MID the block's index) of `depth`; `step` of a sampler."""
+
+    layer: int
+    depth: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """Base of all methods. Fields are hyper-parameters with the official defaults.
+
+    Args:
+        r: Tokens removed per point: int, float, `(r, inflection)`, list per block, or `{layer: r}`.
+        keep: Kept per point: float in (0, 1] is a share, int >= 1 a count; list or dict too.
+        gflops: Target compute of the whole model in GMACs (what papers call GFLOPs), solved when patching.
+        tokens: Target number of non-prefix tokens after the last point, removed evenly.
+        compat: `"official"` reproduces quirks of the released code; None is the sane behaviour.
+
+    At most one of r, keep, gflops, tokens may be given.
+
+    Raises:
+        ParameterError: Several budgets, or a value outside its range.
+    """
+
+    name: ClassVar[str] = ""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    card: ClassVar[Card]
+    site: ClassVar[Site] = Site.MID
+    look: ClassVar[str] = "behind"
+    stochastic: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
+    when: ClassVar[str] = "prefill"
+    positions: ClassVar[str] = "keep"
+    scope: ClassVar[str] = "item"
+    carry_rules: ClassVar[Mapping[str, str]] = {}
+    budget_names: ClassVar[tuple[str, ...]] = _BUDGETS
+
+    r: Any = field(default=None, kw_only=True)
+    keep: Any = field(default=None, kw_only=True)
+    gflops: float | None = field(default=None, kw_only=True)
+    tokens: int | None = field(default=None, kw_only=True)
+    compat: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in self.budget_names if getattr(self, name) is not None}
+        if len(given) > 1:
+            said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ParameterError(f"{self.name}: give one budget, got {len(given)} ({said}).")
+        if self.compat not in (None, "official"):
+            raise ParameterError(f"{self.name}: compat must be None or 'official', got {self.compat!r}.")
+        for name, low in (("gflops", 0.0), ("tokens", 1)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            whole = name == "tokens" and not isinstance(value, int)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or whole or value < low or value == 0:
+                kind = "a positive number of GMACs" if name == "gflops" else "an int >= 1"
+                raise ParameterError(f"{self.name}: {name} must be {kind}, got {value!r}.")
+        # Catches a malformed budget here, before any model is known; the length is checked when patching.
+        schedule.check(*self.spec())
+
+    # ---- what a method may override
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """Signals read by `decide`."""
+        return ()
+
+    @property
+    def proportional(self) -> bool:
+        """Whether attention after this reduction adds log(size) to the keys."""
+        return False
+
+    @abstractmethod
+    def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
+        """Where the tokens of each item go.
+
+        Args:
+            signals: What `needs` names, fp32 or wider.
+            state: The tokens' history; `state.prefix` leading tokens must stay.
+            budget: Tokens to remove, clamped to `limit`; None takes it from the method's own budget at `state.layer`.
+
+        Returns:
+            The map, or None for identity.
+        """
+
+    def limit(self, n: int) -> int:
+        """Most tokens that one point can remove out of n non-prefix tokens."""
+        return max(n - 1, 0)
+
+    def layers(self, depth: int) -> range:
+        """Layers at which the method acts in a model of `depth` blocks."""
+        return range(depth) if self.site is Site.MID else range(1, depth)
+
+    def spec(self) -> tuple[Any, Any]:
+        """The `(r, keep)` pair that the schedule is made from; methods with official names map them here."""
+        return self.r, self.keep
+
+    # ---- shared
+
+    def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
+        """Tokens to remove out of n non-prefix tokens: the budget, clamped to what the method can do."""
+        return max(min(budget.removed(n), self.limit(n)), 0)
+
+    def budgets(self, depth: int) -> dict[int, Budget]:
+        """The budget of every layer at which the method acts in a model of `depth` blocks."""
+        layers = self.layers(depth)
+        r, keep = self.spec()
+        return dict(zip(layers, schedule.resolve(r, keep, len(layers), layers.start, self.compat)))
+
+    def amount(self, budget: int | None, state: TokenState) -> int:
+        """The clamped number of tokens that `decide` has to remove."""
+        if budget is None:
+            depth = max(state.depth, state.layer + 1)
+            own = self.budgets(depth).get(state.layer, Budget())
+            return self.removed(state.items, own, Where(state.layer, depth), state.prefix)
+        if budget < 0:
+            raise ParameterError(f"{self.name}: budget must be at least 0 (tokens to remove), got {budget!r}.")
+        return max(min(budget, self.limit(state.items)), 0)
+
+    @classmethod
+    def create(cls, **params: Any) -> Reducer:
+        """Builds the method, turning an unknown parameter into an error that names the known ones.
+
+        Raises:
+            UnknownNameError: A parameter does not exist.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in params:
+            if name not in known:
+                raise UnknownNameError(
+                    f"{cls.name} has no parameter {name!r}.{did_you_mean(name, known)} Parameters: {', '.join(known)}."
+                )
+        return cls(**params)
+
+    def replaced(self, **params: Any) -> Reducer:
+        """A copy with other parameters; a new budget replaces the old one."""
+        if any(name in self.budget_names for name in params):
+            params = {**dict.fromkeys(self.budget_names), **params}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return type(self).create(**{**values, **params})
+
+    @classmethod
+    def describe(cls) -> Card:
+        """The card with site, signals and parameters filled in."""
+        sample = cls()
+        parameters = {f.name: f.default for f in dataclasses.fields(cls)}
+        return dataclasses.replace(
+            cls.card,
+            name=cls.name,
+            site=str(sample.site),
+            signals=tuple(str(signal) for signal in sample.needs),
+            parameters=parameters,
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """Parameters that differ from their defaults, as plain data."""
+        pairs = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {f.name: value for f, value in pairs if value != f.default}

@@ -1,0 +1,221 @@
+"""Reduction: the handle a user holds on a patched model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from visiontok.core import flops, patching
+from visiontok.core.backbone import Backbone
+from visiontok.core.plan import Plan, bind
+from visiontok.core.reducer import Reducer
+from visiontok.core.runtime import Chain, LayerTrace, Stage, Step
+from visiontok.core.signals import Site
+from visiontok.core.tokens import Fill
+from visiontok.errors import NotPatchedError, ParameterError
+
+__all__ = ["Reduction", "Report"]
+
+_RESTORE: dict[str | None, Fill | None] = {None: None, "gather": "nearest", "zero": "zero"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tokens and compute of a patched model for one input size. Prints as a table; MACs are of one image.
+
+    Attributes:
+        tokens_in: Tokens before block 0, prefix included.
+        tokens: Tokens after each block.
+        gmacs_before: GMACs of the unpatched model (what papers call GFLOPs).
+        gmacs_after: GMACs of the patched model without its matcher.
+        gmacs_matcher: GMACs of scoring and matching.
+        layers: `(before, after)` GMACs of each block.
+    """
+
+    tokens_in: int
+    tokens: list[int]
+    gmacs_before: float
+    gmacs_after: float
+    gmacs_matcher: float
+    layers: list[tuple[float, float]]
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Speed-up if time were proportional to GMACs and the matcher were free."""
+        return self.gmacs_before / self.gmacs_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        names = ("tokens_in", "tokens", "gmacs_before", "gmacs_after", "gmacs_matcher", "ideal_speedup", "layers")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        rows = [f"{'block':>5}  {'tokens':>6}  {'GMACs before':>12}  {'after':>8}"]
+        rows += [f"{i:>5}  {n:>6}  {b:>12.3f}  {a:>8.3f}" for i, (n, (b, a)) in enumerate(zip(self.tokens, self.layers))]
+        rows.append(f"model: {self.gmacs_before:.3f} -> {self.gmacs_after:.3f} GMACs, x{self.ideal_speedup:.2f} ideal")
+        rows.append(f"matcher: {self.gmacs_matcher:.4f} GMACs on top")
+        return "\n".join(rows)
+
+
+class Reduction:
+    """What `visiontok.patch` returns. Holds the plan; changes or removes the patch.
+
+    Attributes:
+        model: The patched model.
+        backbone: Its family.
+        reducers: The reducers in use.
+        plan: What was patched, with budgets and tokens of the nominal input.
+    """
+
+    def __init__(self, model: nn.Module, backbone: Backbone, reducers: Sequence[Reducer], chain: Chain) -> None:
+        self.model = model
+        self.backbone = backbone
+        self.reducers = tuple(reducers)
+        self.plan: Plan = bind(self.reducers, backbone, model, _Gauge(model, backbone))
+        self._chain = chain
+        self._modules: list[nn.Module] = []
+
+    # ---- life cycle
+
+    def install(self) -> None:
+        """Puts the patch in place; nothing is changed if it fails."""
+        swaps = self.backbone.swaps(self.model)
+        patching.install(swaps)
+        self._modules = [swap.module for swap in swaps]
+        self._stage()
+        vars(self.model)[patching.ATTRIBUTE] = self
+
+    def unpatch(self) -> nn.Module:
+        """Restores the model bit for bit and returns it.
+
+        Raises:
+            NotPatchedError: It is not patched any more, or was wrapped since (FSDP2): unwrap it first.
+        """
+        if not self._modules:
+            raise NotPatchedError("this reduction is not in place any more.")
+        patching.remove(self._modules)
+        self._modules = []
+        return self.model
+
+    def set(self, **params: Any) -> Reduction:
+        """Changes parameters without re-patching (one recompile under torch.compile).
+
+        Args:
+            **params: Fields of the reducer; with several reducers, those that have the field. A new budget replaces
+                the old one.
+
+        Raises:
+            UnknownNameError, ParameterError, IncompatibleError: As in `patch`; nothing is changed then.
+        """
+        if not self._modules:
+            raise NotPatchedError("this reduction is not in place any more; patch again.")
+        targets = self.reducers
+        if len(targets) > 1:
+            raise ParameterError(
+                f"set(...) is ambiguous with {len(targets)} reducers ({', '.join(r.name for r in targets)}); unpatch and "
+                "patch with the new list."
+            )
+        changed = (targets[0].replaced(**params),)
+        plan = bind(changed, self.backbone, self.model, _Gauge(self.model, self.backbone))
+        self.reducers, self.plan = changed, plan
+        self._stage()
+        return self
+
+    # ---- looking
+
+    @property
+    def restore_fill(self) -> Fill | None:
+        """What dropped tokens get in full-length features, or None where features stay reduced."""
+        return _RESTORE[self._chain.restore]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens after each block, prefix included: of this thread's last eager forward, else of the plan."""
+        return list(self._chain.notes.tokens) or self.plan.tokens
+
+    @property
+    def trace(self) -> list[LayerTrace]:
+        """What each point did in this thread's last eager forward; empty unless patched with `trace=True`."""
+        return list(self._chain.notes.trace)
+
+    def report(self, input_size: tuple[int, ...] | None = None) -> Report:
+        """Tokens per layer and GMACs before and after, counted on the meta device.
+
+        Args:
+            input_size: Shape of one input without the batch; default: the model's nominal size.
+        """
+        size = tuple(input_size or self.backbone.input_size(self.model))
+        x = torch.empty(1, *size, device="meta")
+        paths = tuple(block.path for block in self.backbone.blocks(self.model))
+        ghost = flops.meta_copy(self.model)
+        own: Reduction = vars(ghost)[patching.ATTRIBUTE]
+        real = flops.profile(ghost, x, paths)
+        tokens, tokens_in = own.tokens, own._chain.notes.entered
+        own._stand_in()
+        after = flops.profile(ghost, x, paths)
+        own.unpatch()
+        before = flops.profile(ghost, x, paths)
+        layers = [(before.blocks[path] / 1e9, after.blocks[path] / 1e9) for path in paths]
+        matcher = (real.total - after.total) / 1e9
+        return Report(tokens_in, tokens, before.total / 1e9, after.total / 1e9, matcher, layers)
+
+    def __repr__(self) -> str:
+        names = ", ".join(repr(r) for r in self.reducers)
+        state = "in place" if self._modules else "removed"
+        return f"Reduction({names} on {type(self.model).__name__}, {state})"
+
+    # ---- parts
+
+    def _stage(self) -> None:
+        blocks = self.backbone.blocks(self.model)
+        rules = {name: rule for reducer in self.reducers for name, rule in reducer.carry_rules.items()}
+        for index, block in enumerate(blocks):
+            steps: dict[str, Step] = {}
+            for point in self.plan.points:
+                step = Step(point.reducer, point.budget)
+                if point.site is Site.MID and point.layer == index:
+                    steps["MID"] = step
+                elif point.site is Site.PRE and point.layer == index + 1:
+                    steps["NEXT"] = step
+                elif point.site is Site.PRE and point.layer == 0 == index:
+                    steps["PRE"] = step
+            vars(block.module)[patching.ATTRIBUTE] = Stage(
+                layer=index,
+                depth=len(blocks),
+                prefix=self.plan.prefix,
+                grid=self.backbone.grid(self.model),
+                steps=steps,
+                proportional=any(reducer.proportional for reducer in self.reducers),
+                carry_rules=rules,
+                chain=self._chain,
+            )
+
+    def _stand_in(self) -> None:
+        # Same budgets and counts, free decisions.
+        for block in self.backbone.blocks(self.model):
+            stage: Stage = vars(block.module)[patching.ATTRIBUTE]
+            stage.steps = {key: Step(flops.Leading(inner=s.reducer), s.budget) for key, s in stage.steps.items()}
+
+
+class _Gauge:
+    """GMACs of a model as a function of the tokens that one reducer removes at each of its points."""
+
+    def __init__(self, model: nn.Module, backbone: Backbone) -> None:
+        self._model = model
+        self._backbone = backbone
+        self._ghost: Reduction | None = None
+
+    def __call__(self, reducer: Reducer, removals: list[int]) -> float:
+        if self._ghost is None:
+            ghost = flops.meta_copy(self._model)
+            if patching.ATTRIBUTE in vars(ghost):
+                vars(ghost)[patching.ATTRIBUTE].unpatch()
+            self._ghost = Reduction(ghost, self._backbone, [flops.Leading(inner=reducer, r=removals)], Chain())
+            self._ghost.install()
+        self._ghost.set(inner=reducer, r=removals)
+        size = self._backbone.input_size(self._model)
+        return flops.profile(self._ghost.model, torch.empty(1, *size, device="meta")).total / 1e9

@@ -1,0 +1,291 @@
+"""What runs inside a patched block: read the state, decide, apply, hand the state on with the tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from visiontok.core.reducer import Reducer, Where
+from visiontok.core.schedule import Budget
+from visiontok.core.signals import Signal, Signals, Site
+from visiontok.core.state import TokenState, apply
+from visiontok.core.tokens import TokenMap
+from visiontok.errors import IncompatibleError, StateLostError
+
+__all__ = ["Chain", "Decision", "LayerTrace", "Stage", "Step", "carry_state", "state_of"]
+
+# Signals that cost nothing: they need no part of the block.
+_FREE = {Signal.HIDDEN, Signal.GRID, Signal.RAND}
+_STATE = "_visiontok_state"
+_GRID = "_visiontok_grid"
+
+
+class Step(NamedTuple):
+    """One reducer at one place."""
+
+    reducer: Reducer
+    budget: Budget
+
+
+class LayerTrace(NamedTuple):
+    """What happened at one point of the last traced forward.
+
+    Attributes:
+        layer: Blocks already run (at MID the block's index).
+        site: Where in the block.
+        map: The decision.
+        size: (B, K, 1) sizes after it, or None for all ones.
+        origin: (B, N0) int32 slot of each original token, -1 dropped.
+        grid: (h, w) of the original patch tokens, or None.
+        prefix: Leading tokens.
+        tokens: K.
+    """
+
+    layer: int
+    site: Site
+    map: TokenMap
+    size: Tensor | None
+    origin: Tensor
+    grid: tuple[int, int] | None
+    prefix: int
+    tokens: int
+
+
+class _Record(threading.local):
+    """Per-thread notes on the running forward; eager only."""
+
+    def __init__(self) -> None:
+        self.entered = 0
+        self.tokens: list[int] = []
+        self.trace: list[LayerTrace] = []
+        self.grid: tuple[int, int] | None = None
+        self.handed: tuple[Any, Any] | None = None
+
+
+class Chain:
+    """Shared by all blocks of one patched model: switches and per-thread notes. Copies start with empty notes.
+
+    Args:
+        trace: Whether maps and origins are kept for `Reduction.trace`.
+        restore: None, or what dropped tokens get in full-length features: `gather` (nearest kept token) or `zero`.
+        check_finite: Whether every reduced tensor is checked for NaN and Inf (debugging; syncs).
+    """
+
+    def __init__(self, trace: bool = False, restore: str | None = None, check_finite: bool = False) -> None:
+        self.trace = trace
+        self.restore = restore
+        self.check_finite = check_finite
+        self.notes = _Record()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Chain, (self.trace, self.restore, self.check_finite))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        return Chain(self.trace, self.restore, self.check_finite)
+
+    def opened(self, state: TokenState) -> None:
+        """Starts the notes of a forward."""
+        notes = self.notes
+        notes.tokens, notes.trace, notes.grid, notes.entered = [], [], state.grid, state.n
+
+    def decided(self, layer: int, site: Site, tm: TokenMap, state: TokenState) -> None:
+        """Notes one decision."""
+        if self.trace:
+            self.notes.trace.append(
+                LayerTrace(layer, site, tm, state.size, state.origin, self.notes.grid, state.prefix, tm.K)
+            )
+
+    def handed(self, x: Tensor, state: TokenState | None) -> None:
+        """Remembers, weakly, what the last block of this thread returned."""
+        self.notes.handed = None if state is None else (weakref.ref(x), weakref.ref(state))
+
+    def recovered(self, x: Tensor, layer: int) -> TokenState | None:
+        """The state of a tensor that was moved or viewed between two blocks and so lost its attribute.
+
+        Only the very last hand-over of this thread counts, while its tensor is alive and has x's shape.
+        """
+        if self.notes.handed is None:
+            return None
+        source, state = self.notes.handed[0](), self.notes.handed[1]()
+        if source is None or state is None or source.shape != x.shape or state.layer != layer:
+            return None
+        return state if state.device == x.device else state.to(x.device)
+
+
+def state_of(x: Tensor) -> TokenState | None:
+    """The state that travels with a tensor, or None."""
+    return getattr(x, _STATE, None)
+
+
+def carry_state(source: Tensor, target: Tensor) -> Tensor:
+    """Copies state and grid hint from one tensor to another of the same tokens."""
+    for name in (_STATE, _GRID):
+        value = getattr(source, name, None)
+        if value is not None:
+            setattr(target, name, value)
+    return target
+
+
+def hint_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tells the first block the patch grid of this input."""
+    setattr(x, _GRID, grid)
+    return x
+
+
+class Decision(NamedTuple):
+    """The hidden tensor and its state after a point."""
+
+    x: Tensor
+    state: TokenState
+
+
+@dataclass
+class Stage:
+    """The patch of one block: which reducers act in it. Replaced, never changed, by `Reduction.set`.
+
+    Attributes:
+        layer: The block's index.
+        depth: Blocks in the model.
+        prefix: Leading tokens to protect.
+        grid: (h, w) of the nominal input.
+        steps: By site: `PRE` is the point before this block (block 0 only), `MID`, and `NEXT`, the PRE point after it.
+        proportional: Whether attention adds log(size).
+        carry_rules: See TokenState.
+        chain: Shared notes.
+    """
+
+    layer: int
+    depth: int
+    prefix: int
+    grid: tuple[int, int] | None
+    steps: Mapping[str, Step]
+    proportional: bool
+    carry_rules: Mapping[str, str]
+    chain: Chain
+
+    @property
+    def first(self) -> bool:
+        return self.layer == 0
+
+    def enter(self, x: Tensor) -> TokenState:
+        """The state of x at this block; block 0 opens a new one.
+
+        Raises:
+            StateLostError: No state came with x, or it belongs to another layer or shape.
+        """
+        if self.layer == 0:
+            return self._open(x)
+        state = getattr(x, _STATE, None)
+        if state is None and not torch.compiler.is_compiling():
+            state = self.chain.recovered(x, self.layer)
+        if state is None or state.layer != self.layer or (state.batch, state.n) != tuple(x.shape[:2]):
+            raise StateLostError(_lost(self.layer, x, state))
+        return state
+
+    def _open(self, x: Tensor) -> TokenState:
+        batch, length = x.shape[:2]
+        grid = getattr(x, _GRID, None) or self.grid
+        if grid is not None and grid[0] * grid[1] != length - self.prefix:
+            grid = None
+        state = TokenState(
+            batch=batch, n=length, n0=length, device=x.device, prefix=self.prefix, depth=self.depth, grid=grid,
+            proportional=self.proportional, carry_rules=self.carry_rules,
+        )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            self.chain.opened(state)
+        return state
+
+    def idle(self, state: TokenState) -> bool:
+        """True if the block may run untouched: no reduction needs its attention, and attention needs no bias."""
+        if state.size is not None and (state.proportional or state.padded):
+            return False
+        mid, following = self.steps.get("MID"), self.steps.get("NEXT")
+        if mid is not None and self._amount(mid, state) > 0:
+            return False
+        listens = following is not None and not set(following.reducer.needs) <= _FREE
+        return not (listens and self._amount(following, state) > 0)
+
+    def mid(self, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]) -> Decision:
+        """Reduces between attention and MLP."""
+        return self._reduce("MID", Site.MID, x, state, offered)
+
+    def before(self, x: Tensor, state: TokenState) -> Decision:
+        """Reduces before block 0."""
+        return self._reduce("PRE", Site.PRE, x, state, {})
+
+    def leave(self, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]) -> Tensor:
+        """Reduces before the next block and attaches the state to the tensor handed on."""
+        x, state = self._reduce("NEXT", Site.PRE, x, state.changed(layer=self.layer + 1), offered)
+        state = state.changed(marks=(*state.marks, len(state.trail)))
+        setattr(x, _STATE, state)
+        if not torch.compiler.is_compiling():
+            self.chain.notes.tokens.append(int(state.n))
+            self.chain.handed(x, None if state.layer == self.depth else state)
+        return x
+
+    def _amount(self, step: Step, state: TokenState) -> int:
+        where = Where(state.layer, self.depth)
+        return step.reducer.removed(state.items, step.budget, where, state.prefix)
+
+    def _reduce(
+        self, key: str, site: Site, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]
+    ) -> Decision:
+        step = self.steps.get(key)
+        if step is None:
+            return Decision(x, state)
+        amount = self._amount(step, state)
+        if amount == 0:
+            return Decision(x, state)
+        signals = Signals({"HIDDEN": lambda: x, "GRID": lambda: _grid(state), **offered})
+        with _exact(x.device.type):
+            tm = step.reducer.decide(signals, state, amount)
+            if tm is None:
+                return Decision(x, state)
+            reduced, after = apply(tm, x, state)
+        if not torch.compiler.is_compiling():
+            self.chain.decided(state.layer, site, tm, after)
+            if self.chain.check_finite:
+                _check_finite(reduced, step.reducer, state.layer)
+        return Decision(reduced, after)
+
+
+def _exact(device: str) -> Any:
+    # Entering autocast costs more than a small op, so it is done only where there is something to switch off.
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _grid(state: TokenState) -> tuple[int, int]:
+    if state.grid is None:
+        raise IncompatibleError(
+            f"the {state.items} tokens at layer {state.layer} form no grid (an earlier reduction or a patch dropout "
+            "removed some); put a grid-based reducer first or use a grid-preserving one before it."
+        )
+    return state.grid
+
+
+def _check_finite(x: Tensor, reducer: Reducer, layer: int) -> None:
+    if not bool(torch.isfinite(x).all()):
+        count = int((~torch.isfinite(x)).sum())
+        raise FloatingPointError(f"{reducer.name} at layer {layer}: {count} values are NaN or Inf after the reduction.")
+
+
+def _lost(layer: int, x: Tensor, state: TokenState | None) -> str:
+    found = "no token state came with its input"
+    if state is not None:
+        found = f"the state that came with its input is for layer {state.layer} and {state.batch} x {state.n} tokens"
+    return (
+        f"block {layer}: {found} (input {tuple(x.shape)}). Something between the blocks made a new tensor. "
+        "With gradient checkpointing use use_reentrant=False; call blocks in order, each on the output of the one "
+        "before; a hook that replaces a block's output must return the same tensor."
+    )
+
+

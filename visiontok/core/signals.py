@@ -1,0 +1,117 @@
+"""What a reducer may ask for. Signals are computed only when read, once, in at least fp32 with autocast off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visiontok.errors import IncompatibleError, UnknownNameError, did_you_mean
+
+__all__ = ["Signal", "Signals", "Site"]
+
+
+class Site(str, Enum):
+    """Where a reduction happens."""
+
+    MID = "MID"
+    PRE = "PRE"
+    AROUND = "AROUND"
+    KEYS = "KEYS"
+    POST = "POST"
+    EMBED = "EMBED"
+    LLM = "LLM"
+    KV = "KV"
+    SCAN = "SCAN"
+    HEAD = "HEAD"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Signal(str, Enum):
+    """What a decision may need.
+
+    HIDDEN (B, N, C); QUERY, KEY, VALUE (B, H, N, d) after q/k-norm and positions; ATTN_PREFIX (B, H, P, N) softmax rows
+    of the prefix queries; ATTN (B, H, N, N) the full map; GRID (h, w). The others belong to backbones of later
+    families and are listed in ARCHITECTURE §3.
+    """
+
+    HIDDEN = "HIDDEN"
+    QUERY = "QUERY"
+    KEY = "KEY"
+    VALUE = "VALUE"
+    QUERY_PREFIX = "QUERY_PREFIX"
+    ATTN_PREFIX = "ATTN_PREFIX"
+    ATTN_LAST = "ATTN_LAST"
+    ATTN_TEXT = "ATTN_TEXT"
+    ATTN_VOTE = "ATTN_VOTE"
+    ATTN = "ATTN"
+    TEXT = "TEXT"
+    GRID = "GRID"
+    CROPS = "CROPS"
+    FRAMES = "FRAMES"
+    TIMESTEP = "TIMESTEP"
+    SSM_OUT = "SSM_OUT"
+    SSM_DELTA = "SSM_DELTA"
+    RAND = "RAND"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_NAMES = tuple(signal.value for signal in Signal)
+
+
+class Signals:
+    """Lazy, read-once signals of one decision: `signals.KEY`.
+
+    Reading a signal that was not offered raises IncompatibleError.
+    """
+
+    def __init__(self, offered: Mapping[str, Callable[[], Any]]) -> None:
+        # object.__setattr__ and no cached_property: the latter breaks fullgraph on Python 3.11.
+        object.__setattr__(self, "_offered", offered)
+        object.__setattr__(self, "_values", {})
+
+    @classmethod
+    def of(cls, **values: Any) -> Signals:
+        """Signals from plain values, for use by hand: `Signals.of(KEY=k, HIDDEN=x, GRID=(h, w))`.
+
+        Raises:
+            UnknownNameError: A keyword is not the name of a signal.
+        """
+        for name in values:
+            if name not in _NAMES:
+                raise UnknownNameError(f"unknown signal {name!r}.{did_you_mean(name, _NAMES)} Known: {', '.join(_NAMES)}.")
+        signals = cls({})
+        signals._values.update({name: _wide(value) for name, value in values.items()})
+        return signals
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.get(name)
+
+    def get(self, name: str) -> Any:
+        """Returns the signal of that name, computing it on first use."""
+        values = self._values
+        if name not in values:
+            offered = self._offered
+            if name not in offered:
+                have = ", ".join(sorted({*offered, *values})) or "none"
+                raise IncompatibleError(f"signal {name} is not offered here (offered: {have}).")
+            values[name] = _wide(offered[name]())
+        return values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return str(name) in self._values or str(name) in self._offered
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value

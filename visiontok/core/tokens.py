@@ -1,0 +1,352 @@
+"""TokenMap: where N tokens go among K slots. The one form in which every reducer states its decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from visiontok.errors import ParameterError
+from visiontok.ops import merging
+
+__all__ = ["Fill", "Mode", "TokenMap"]
+
+Mode = Literal["mean", "sum", "amax", "absmax", "mlerp"]
+Fill = Literal["zero", "mean", "self", "nearest"]
+Form = Literal["any", "complete", "select", "identity"]
+
+_MODES = ("mean", "sum", "amax", "absmax", "mlerp")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """Where each of N tokens goes among K slots.
+
+    Attributes:
+        assign: (B, N) int64, the slot of each token in `[0, K)`, or -1 for dropped.
+        K: Number of slots. With `counts`, the static cap.
+        weight: (B, N) share of each token in its slot's value. Default: the token's size.
+        mode: How a slot's value is made: `mean` (divided by the sum of weights), `sum` (not divided), `amax`,
+            `absmax` (per channel the entry of largest magnitude), `mlerp` (mean direction with the largest norm;
+            ToFu, arXiv:2312.01026).
+        mass: (B, N) share of each token in its slot's new size. Default: the token's size.
+        anchor: (B, K) int64, the token that stands for a slot (position, packing rank). Default: lowest index.
+        counts: (B,) int64 live slots per sample where they differ; slots beyond get size 0.
+        grid: (h, w) if the non-prefix slots form a grid in raster order.
+        soft: (B, K, N) a learned or attention-like map; then values are `soft @ x` and `assign` is only the origin
+            (argmax). The size becomes None unless `mass` is given.
+        back: (B, N, K) weights that restore, where that is not the gather of each token's slot.
+        carry: New or replaced entries of `TokenState.carry`, already on K slots.
+        stash: New `TokenState.stash`.
+        memo: New or replaced entries of `TokenState.memo`.
+        form: What is known without looking at the values: `identity`, `select` (value and size are those of the
+            anchor), `complete` (nothing dropped) or `any`.
+    """
+
+    assign: Tensor
+    K: int
+    weight: Tensor | None = None
+    mode: Mode = "mean"
+    mass: Tensor | None = None
+    anchor: Tensor | None = None
+    counts: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    soft: Tensor | None = None
+    back: Tensor | None = None
+    carry: Mapping[str, Tensor] | None = None
+    stash: Tensor | None = None
+    memo: Mapping[str, Any] | None = None
+    form: Form = "any"
+
+    def __post_init__(self) -> None:
+        if self.assign.dim() != 2:
+            raise ParameterError(f"assign must be (B, N), got shape {tuple(self.assign.shape)}.")
+        if self.mode not in _MODES:
+            raise ParameterError(f"mode must be one of {', '.join(_MODES)}, got {self.mode!r}.")
+        batch, length = self.assign.shape
+        for name, value, shape in (
+            ("weight", self.weight, (batch, length)),
+            ("mass", self.mass, (batch, length)),
+            ("anchor", self.anchor, (batch, self.K)),
+            ("counts", self.counts, (batch,)),
+            ("soft", self.soft, (batch, self.K, length)),
+            ("back", self.back, (batch, length, self.K)),
+        ):
+            if value is not None and tuple(value.shape) != shape:
+                raise ParameterError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+
+    # ---- construction
+
+    @classmethod
+    def identity(cls, like: Tensor, **extra: Any) -> TokenMap:
+        """Keeps all tokens in place; `extra` may set carry, stash or memo.
+
+        Args:
+            like: (B, N, ...) any tensor over the tokens.
+        """
+        batch, length = like.shape[:2]
+        index = torch.arange(length, device=like.device).expand(batch, length)
+        return cls(index, length, anchor=index, form="identity", **extra)
+
+    @classmethod
+    def keep(cls, index: Tensor, length: int, prefix: int = 0, **extra: Any) -> TokenMap:
+        """Keeps some tokens and drops the others.
+
+        Args:
+            index: (B, k) int64, kept non-prefix tokens in the order of their slots.
+            length: N, prefix included.
+            prefix: Leading tokens that stay, before all others.
+        """
+        batch = index.shape[0]
+        anchor = with_prefix(index, prefix)
+        count = anchor.shape[1]
+        slots = torch.arange(count, device=index.device).expand(batch, count)
+        assign = torch.full((batch, length), -1, dtype=torch.int64, device=index.device).scatter(1, anchor, slots)
+        return cls(assign, count, anchor=anchor, form="select", **extra)
+
+    @classmethod
+    def merge(
+        cls, src: Tensor, dst: Tensor, order: Tensor, prefix: int = 0, length: int | None = None, **extra: Any
+    ) -> TokenMap:
+        """Merges source tokens into destination tokens.
+
+        Args:
+            src: (B, r) int64, tokens that leave.
+            dst: (B, r) int64, the token each of them joins; must be in `order`.
+            order: (B, K - prefix) int64, the tokens that stay, in the order of their slots, without the prefix.
+            prefix: Leading tokens that stay untouched, before all others.
+            length: N if some tokens are in neither `src` nor `order`; those are dropped.
+        """
+        batch = order.shape[0]
+        anchor = with_prefix(order, prefix)
+        count = anchor.shape[1]
+        slots = torch.arange(count, device=order.device).expand(batch, count)
+        complete = length is None or length == count + src.shape[1]
+        assign = torch.full((batch, length or count + src.shape[1]), -1, dtype=torch.int64, device=order.device)
+        assign = assign.scatter(1, anchor, slots)
+        assign = assign.scatter(1, src, assign.gather(1, dst))
+        return cls(assign, count, anchor=anchor, form="complete" if complete else "any", **extra)
+
+    # ---- what the core derives
+
+    @property
+    def groups(self) -> merging.Groups:
+        """Tokens grouped by slot (CSR), derived once."""
+        cached = self.__dict__.get("_groups")
+        if cached is None:
+            cached = merging.group(self.assign, self.K)
+            object.__setattr__(self, "_groups", cached)
+        return cached
+
+    @property
+    def csr(self) -> Tensor:
+        """(B, K + 1) int32 bounds of each slot in `src`."""
+        return self.groups.csr
+
+    @property
+    def src(self) -> Tensor:
+        """(B, N) int32 tokens ordered by slot; dropped ones last."""
+        return self.groups.src
+
+    @property
+    def kept(self) -> Tensor:
+        """(B, K) int64 the token that stands for each slot: `anchor`, else the lowest index assigned to it."""
+        if self.anchor is not None:
+            return self.anchor
+        length = self.assign.shape[1]
+        tokens = torch.arange(length, device=self.assign.device).expand_as(self.assign)
+        spare = torch.where(self.assign < 0, self.K, self.assign)
+        first = tokens.new_full((self.assign.shape[0], self.K + 1), length)
+        first = first.scatter_reduce(1, spare, tokens, reduce="amin")[:, : self.K]
+        return first.clamp_max(length - 1)
+
+    @property
+    def live(self) -> Tensor | None:
+        """(B, K) bool, which slots hold a token of this sample, or None if all do."""
+        if self.counts is None:
+            return None
+        return torch.arange(self.K, device=self.assign.device) < self.counts.unsqueeze(1)
+
+    def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        """Values of the slots.
+
+        Args:
+            x: (B, N, C).
+            size: (B, N, 1) token sizes, or None for all ones.
+
+        Returns:
+            (B, K, C) in x.dtype; sums are accumulated in fp32 (fp64 for fp64).
+        """
+        if self.form == "identity":
+            return x
+        if self.soft is not None:
+            wide = merging.accumulator(x.dtype)
+            return (self.soft.to(wide) @ x.to(wide)).to(x.dtype)
+        if self.form == "select" and self.mode != "sum":
+            return merging.select(x, self.kept)
+        if self.mode == "amax":
+            return merging.segment_max(x, self.assign, self.K)
+        if self.mode == "absmax":
+            high, low = merging.segment_max(x, self.assign, self.K), -merging.segment_max(-x, self.assign, self.K)
+            return torch.where(low.abs() > high.abs(), low, high)
+        weight = self.weight if self.weight is not None else (None if size is None else size.squeeze(-1))
+        complete = self.form == "complete"
+        if self.mode == "sum":
+            return merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x)).to(x.dtype)
+        weight = self._share(x, weight, complete)
+        mean = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x)).to(x.dtype)
+        return mean if self.mode == "mean" else self._rescaled(mean, x)
+
+    def sizes(self, size: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """Sizes of the slots.
+
+        Args:
+            size: (B, N, 1) sizes of the tokens, or None for all ones.
+            dtype: Dtype of the hidden states; sizes use at least fp32.
+
+        Returns:
+            (B, K, 1), 0 for a slot without tokens of this sample; None if every slot has size one.
+        """
+        wide = merging.accumulator(dtype)
+        if self.form == "identity" and self.mass is None:
+            return size
+        if self.soft is not None and self.mass is None:
+            return self._masked(None, wide)
+        if self.form == "select" and self.mass is None:
+            new = None if size is None else merging.select(size, self.kept)
+            return self._masked(new, wide)
+        mass = self.mass if self.mass is not None else self._ones(wide) if size is None else size.squeeze(-1)
+        new = merging.segment_count(mass.to(wide), self.assign, self.K, complete=self.form == "complete")
+        return self._masked(new.unsqueeze(-1), wide)
+
+    def restore(self, y: Tensor, fill: Fill = "zero", x: Tensor | None = None) -> Tensor:
+        """Full-length tokens from slots: each token gets a copy of its slot.
+
+        Args:
+            y: (B, K, C).
+            fill: What a dropped token gets: `zero`, `mean` (of all slots), `self` (its own value in `x`) or `nearest`
+                (the slot whose anchor is closest in sequence order).
+            x: (B, N, C) the tokens before reduction, for `fill="self"`.
+
+        Returns:
+            (B, N, C).
+
+        Raises:
+            ParameterError: Unknown fill, or `fill="self"` without x.
+        """
+        if self.back is not None:
+            return (self.back.to(merging.accumulator(y.dtype)) @ y.to(merging.accumulator(y.dtype))).to(y.dtype)
+        return restore(y, self.assign, fill, x=x)
+
+    # ---- composition
+
+    def after(self, earlier: TokenMap) -> TokenMap:
+        """The single map that does `earlier`, then this one.
+
+        Places compose exactly. Values do so for sums and for weighted means whose weights are the sizes (a mean of
+        size-weighted means is the size-weighted mean of all) or were chained explicitly; other modes and soft maps
+        keep the later map's mode and are a composition of places only.
+        """
+        if earlier.K != self.assign.shape[1]:
+            raise ParameterError(f"maps do not chain: earlier has {earlier.K} slots, later takes {self.assign.shape[1]}.")
+        inner = earlier.assign
+        assign = self.assign.gather(1, inner.clamp_min(0)).masked_fill(inner < 0, -1)
+        weight = earlier.weight
+        if self.weight is not None:
+            later = self.weight.gather(1, inner.clamp_min(0))
+            weight = later if weight is None else weight * later
+        anchor = earlier.kept.gather(1, self.kept)
+        kinds = {earlier.form, self.form}
+        form: Form = "any"
+        if kinds <= {"identity", "select"}:
+            form = "identity" if kinds == {"identity"} else "select"
+        elif kinds <= {"identity", "complete"}:
+            form = "complete"
+        return TokenMap(
+            assign, self.K, weight=weight, mode=self.mode, anchor=anchor, counts=self.counts, grid=self.grid, form=form
+        )
+
+    def then(self, later: TokenMap) -> TokenMap:
+        """`later.after(self)`."""
+        return later.after(self)
+
+    def with_state(self, *, carry: Mapping[str, Tensor] | None = None, stash: Tensor | None = None,
+                   memo: Mapping[str, Any] | None = None) -> TokenMap:  # fmt: skip
+        """The same places with other carried values."""
+        return replace(self, carry=carry, stash=stash, memo=memo)
+
+    # ---- helpers
+
+    def _bags(self, x: Tensor) -> merging.Groups | None:
+        return self.groups if merging.uses_groups(x) else None
+
+    def _ones(self, dtype: torch.dtype) -> Tensor:
+        return torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
+
+    def _share(self, x: Tensor, weight: Tensor | None, complete: bool) -> Tensor:
+        wide = merging.accumulator(x.dtype)
+        weight = self._ones(wide) if weight is None else weight.to(wide)
+        total = merging.segment_count(weight, self.assign, self.K, complete=complete)
+        index = self.assign if complete else self.assign.clamp_min(0)
+        return weight / total.clamp_min(torch.finfo(wide).tiny).gather(1, index)
+
+    def _rescaled(self, mean: Tensor, x: Tensor) -> Tensor:
+        norms = merging.segment_max(x.norm(dim=-1, keepdim=True), self.assign, self.K)
+        alone = merging.segment_count(self._ones(torch.float32), self.assign, self.K).unsqueeze(-1) == 1
+        length = mean.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+        return torch.where(alone, mean, mean / length * norms)
+
+    def _masked(self, size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        live = self.live
+        if live is None:
+            return size
+        shown = live.unsqueeze(-1).to(dtype)
+        return shown if size is None else size * shown
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Puts tokens 0 … prefix - 1 before `index` (B, k)."""
+    if prefix == 0:
+        return index
+    lead = torch.arange(prefix, device=index.device).expand(index.shape[0], prefix)
+    return torch.cat((lead, index), dim=1)
+
+
+def restore(y: Tensor, assign: Tensor, fill: Fill = "zero", *, x: Tensor | None = None) -> Tensor:
+    """Full-length tokens from slots for any assignment, one map or many composed ones.
+
+    Args:
+        y: (B, K, C).
+        assign: (B, N) integer slot of each token, -1 dropped.
+        fill: `zero`, `mean`, `self`, `nearest`.
+        x: (B, N, C) for `self`.
+
+    Returns:
+        (B, N, C).
+    """
+    if fill not in ("zero", "mean", "self", "nearest"):
+        raise ParameterError(f"fill must be zero, mean, self or nearest, got {fill!r}.")
+    assign = assign.long()
+    if fill == "nearest":
+        return merging.spread(y, _nearest(assign))
+    full = merging.spread(y, assign)
+    if fill == "zero":
+        return full
+    if fill == "self" and x is None:
+        raise ParameterError("fill='self' needs x, the (B, N, C) tokens before the reduction.")
+    other = y.mean(dim=1, keepdim=True) if x is None or fill == "mean" else x
+    return torch.where((assign < 0).unsqueeze(-1), other.to(full.dtype), full)
+
+
+def _nearest(assign: Tensor) -> Tensor:
+    # The closest kept token on either side in sequence order, the left one on a tie; running maxima, no N x N distances.
+    length = assign.shape[1]
+    place = torch.arange(length, device=assign.device).expand_as(assign)
+    kept = assign >= 0
+    left = torch.where(kept, place, -length).cummax(dim=1).values
+    right = torch.where(kept, place, 3 * length).flip(1).cummin(dim=1).values.flip(1)
+    closest = torch.where(place - left <= right - place, left, right).clamp(0, length - 1)
+    return assign.gather(1, closest).clamp_min(0)

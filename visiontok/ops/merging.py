@@ -1,0 +1,207 @@
+"""Moving tokens into slots: segment sums, maxima, selections, and the grouping (CSR) they share.
+
+Every function takes `assign (B, N) int64`, the slot of each token in `[0, K)` or -1 for a dropped token. Sums accumulate
+in at least fp32. Nothing here sorts tokens by value, syncs with the host or has data-dependent shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visiontok.ops import dispatch
+
+__all__ = ["Groups", "accumulator", "group", "segment_count", "segment_max", "segment_sum", "select", "spread"]
+
+
+class Groups(NamedTuple):
+    """Tokens grouped by slot, in compressed sparse rows.
+
+    Attributes:
+        csr: (B, K + 1) int32; the tokens of slot k are `src[csr[k]:csr[k + 1]]`. Dropped tokens come after `csr[K]`.
+        src: (B, N) int32, token indices ordered by slot, ascending inside a slot.
+    """
+
+    csr: Tensor
+    src: Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are summed: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def group(assign: Tensor, num_slots: int) -> Groups:
+    """Groups tokens by slot.
+
+    Args:
+        assign: (B, N) int64.
+        num_slots: K.
+    """
+    slots = torch.where(assign < 0, num_slots, assign).int()
+    ordered, src = slots.sort(dim=1, stable=True)
+    bounds = torch.arange(num_slots + 1, device=assign.device, dtype=torch.int32)
+    csr = torch.searchsorted(ordered, bounds.repeat(assign.shape[0], 1), out_int32=True)
+    return Groups(csr, src.int())
+
+
+def select(x: Tensor, index: Tensor) -> Tensor:
+    """Gathers whole tokens.
+
+    Args:
+        x: (B, N, ...).
+        index: (B, K) int64 in `[0, N)`.
+
+    Returns:
+        (B, K, ...).
+    """
+    batch, count = index.shape
+    rows = index if batch == 1 else index + torch.arange(batch, device=index.device).unsqueeze(1) * x.shape[1]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (batch, count))
+
+
+def spread(y: Tensor, assign: Tensor) -> Tensor:
+    """Gives every token the value of its slot; the inverse of a merge.
+
+    Args:
+        y: (B, K, ...).
+        assign: (B, N) int64; dropped tokens receive zeros.
+
+    Returns:
+        (B, N, ...).
+    """
+    out = select(y, assign.clamp_min(0))
+    gone = (assign < 0).view(*assign.shape, *[1] * (y.dim() - 2))
+    return out.masked_fill(gone, 0)
+
+
+_segment_sum = dispatch.op("segment_sum")
+
+
+def segment_sum(x: Tensor, assign: Tensor, num_slots: int, weight: Tensor | None = None, *, complete: bool = False,
+                groups: Groups | None = None) -> Tensor:  # fmt: skip
+    """Weighted sum of the tokens of each slot.
+
+    Args:
+        x: (B, N, C).
+        assign: (B, N) int64.
+        num_slots: K.
+        weight: (B, N) float, or None for ones.
+        complete: True promises that no token is dropped, which saves a spare slot.
+        groups: The grouping of `assign`, if it is at hand already.
+
+    Returns:
+        (B, K, C) in `accumulator(x.dtype)`.
+    """
+    return _segment_sum(x, assign, num_slots, weight, complete, groups)
+
+
+def uses_groups(x: Tensor) -> bool:
+    """Whether `segment_sum` of x reads the CSR grouping, so that callers with several streams share one."""
+    return _segment_sum.choose(x).name == "embedding_bag"
+
+
+@_segment_sum.implementation(
+    "embedding_bag",
+    fits=lambda x: not dispatch.tracing() and not x.is_meta,
+    reason="eager: one pass over the tokens in slot order, no atomics; backward is a gather",
+)
+def _segment_sum_bag(
+    x: Tensor, assign: Tensor, num_slots: int, weight: Tensor | None, complete: bool, groups: Groups | None
+) -> Tensor:
+    groups = groups if groups is not None else group(assign, num_slots)
+    rows = x.to(accumulator(x.dtype))
+    weight = weight if weight is None else weight.to(rows.dtype)
+    if torch.is_grad_enabled() and (rows.requires_grad or (weight is not None and weight.requires_grad)):
+        return _BagSum.apply(rows, weight, assign, groups.csr, groups.src, complete)
+    return _bag_sum(rows, weight, groups.csr, groups.src, complete)
+
+
+def _bag_sum(rows: Tensor, weight: Tensor | None, csr: Tensor, src: Tensor, complete: bool) -> Tensor:
+    batch, length, channels = rows.shape
+    if weight is not None:
+        weight = weight.gather(1, src.long()).flatten()
+    # Without the promise of completeness a spare last bag swallows the dropped tokens.
+    bags = csr[:, :-1] if complete else csr
+    if batch > 1:
+        start = torch.arange(batch, device=rows.device, dtype=torch.int32).unsqueeze(1) * length
+        bags, src = bags + start, src + start
+    flat = rows.reshape(batch * length, channels)
+    out = F.embedding_bag(src.flatten(), flat, bags.flatten(), mode="sum", per_sample_weights=weight)
+    return out.view(batch, -1, channels)[:, : csr.shape[1] - 1]
+
+
+class _BagSum(torch.autograd.Function):
+    """`_bag_sum` with a backward of gathers, differentiable again."""
+
+    @staticmethod
+    def forward(
+        rows: Tensor, weight: Tensor | None, assign: Tensor, csr: Tensor, src: Tensor, complete: bool
+    ) -> Tensor:
+        return _bag_sum(rows, weight, csr, src, complete)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, weight, assign, *_ = inputs
+        ctx.save_for_backward(rows if weight is not None and weight.requires_grad else None, weight, assign)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, assign = ctx.saved_tensors
+        back = spread(grads[0], assign)
+        grad_weight = None if rows is None else (back * rows).sum(dim=-1)
+        grad_rows = back if weight is None else back * weight.unsqueeze(-1)
+        return grad_rows, grad_weight, None, None, None, None
+
+
+@_segment_sum.implementation(
+    "index_add", fits=lambda x: True, reason="traced: plain scatter, which compiles, exports and converts to ONNX"
+)
+def _segment_sum_index_add(
+    x: Tensor, assign: Tensor, num_slots: int, weight: Tensor | None, complete: bool, groups: Groups | None
+) -> Tensor:
+    batch, length, channels = x.shape
+    slots = num_slots if complete else num_slots + 1
+    index = assign if complete else torch.where(assign < 0, num_slots, assign)
+    index = index + torch.arange(batch, device=x.device).unsqueeze(1) * slots
+    rows = x.to(accumulator(x.dtype))
+    if weight is not None:
+        rows = rows * weight.unsqueeze(-1)
+    out = rows.new_zeros(batch * slots, channels).index_add(0, index.flatten(), rows.reshape(batch * length, channels))
+    return out.view(batch, slots, channels)[:, :num_slots]
+
+
+def segment_count(weight: Tensor, assign: Tensor, num_slots: int, *, complete: bool = False) -> Tensor:
+    """Sum of one number per token over each slot: sizes, denominators, counts.
+
+    Args:
+        weight: (B, N) float.
+        assign: (B, N) int64.
+        num_slots: K.
+        complete: True promises that no token is dropped.
+
+    Returns:
+        (B, K) in the dtype of `weight`.
+    """
+    slots = num_slots if complete else num_slots + 1
+    index = assign if complete else torch.where(assign < 0, num_slots, assign)
+    return weight.new_zeros(assign.shape[0], slots).scatter_add(1, index, weight)[:, :num_slots]
+
+
+def segment_max(x: Tensor, assign: Tensor, num_slots: int) -> Tensor:
+    """Largest value per channel over each slot.
+
+    Args:
+        x: (B, N, C).
+        assign: (B, N) int64.
+        num_slots: K.
+
+    Returns:
+        (B, K, C) in x.dtype; zero for a slot without tokens.
+    """
+    index = torch.where(assign < 0, num_slots, assign).unsqueeze(-1).expand_as(x)
+    out = x.new_zeros(x.shape[0], num_slots + 1, x.shape[2])
+    return out.scatter_reduce(1, index, x, reduce="amax", include_self=False)[:, :num_slots]

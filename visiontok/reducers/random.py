@@ -1,0 +1,50 @@
+"""random: drops tokens at random. Every method has to beat it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from visiontok.core.reducer import Card, Reducer
+from visiontok.core.signals import Signals
+from visiontok.core.state import TokenState
+from visiontok.core.tokens import TokenMap
+from visiontok.errors import ParameterError
+from visiontok.ops.hashing import rank_keys
+
+__all__ = ["Random"]
+
+
+@dataclass(frozen=True)
+class Random(Reducer):
+    """Drops tokens chosen by a hash of (seed, layer, token): the same for every batch split, device and thread.
+
+    Args:
+        seed: Any int.
+    """
+
+    name = "random"
+    card = Card(
+        title="Random dropping",
+        summary="Drops randomly chosen tokens; the baseline that any method must beat.",
+        paper="none",
+        url="",
+        year=2026,
+        license="none",
+        cons=("Ignores the image.",),
+    )
+    stochastic = True
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ParameterError(f"random: seed must be an int, got {self.seed!r}.")
+        super().__post_init__()
+
+    def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
+        removed = self.amount(budget, state)
+        if removed == 0:
+            return None
+        keys = rank_keys(state.items, seed=self.seed, layer=state.layer, device=state.device)
+        kept = keys.argsort(stable=True)[: state.items - removed].sort().values + state.prefix
+        return TokenMap.keep(kept.expand(state.batch, -1), state.n, state.prefix)
