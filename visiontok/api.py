@@ -34,6 +34,7 @@ __all__ = [
     "list_reducers",
     "patch",
     "patched",
+    "resolve_target",
     "supports",
     "unpatch",
 ]
@@ -103,7 +104,7 @@ def patch(
     if restore not in (None, "gather", "zero"):
         raise ParameterError(f"restore must be None, 'gather' or 'zero', got {restore!r}.")
     chosen = _resolve(reducer, params)
-    target, backbone = _locate(model)
+    target, backbone = resolve_target(model)
     if patching.is_patched(target):
         raise AlreadyPatchedError(
             f"{type(target).__name__} is patched already; change it with Reduction.set(...) or call "
@@ -149,7 +150,7 @@ def supports(reducer: Any, model: nn.Module) -> Support:
     """
     (chosen,) = _resolve(reducer, {})
     try:
-        target, backbone = _locate(model)
+        target, backbone = resolve_target(model)
     except (NothingPatchedError, IncompatibleError) as error:
         return Support(False, str(error))
     return support(chosen, backbone, target)
@@ -189,7 +190,12 @@ def _resolve_one(item: Any) -> Reducer:
     return reducers.create(name, **params)
 
 
-def _locate(model: Any) -> tuple[nn.Module, Backbone]:
+def resolve_target(model: Any) -> tuple[nn.Module, Backbone]:
+    """The module that would be patched, and its family.
+
+    Raises:
+        ParameterError, IncompatibleError, NothingPatchedError: As in `patch`.
+    """
     if not isinstance(model, nn.Module):
         raise ParameterError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     wrapper = type(model).__name__

@@ -16,6 +16,7 @@ from visiontok.core.signals import Signal, Site
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import restore
 from visiontok.errors import IncompatibleError
+from visiontok.ops.constants import wide_dtype
 
 __all__ = ["TimmViT"]
 
@@ -31,18 +32,24 @@ _ATTENTION_FORWARDS = (
 _FROM_ATTENTION = frozenset({Signal.KEY, Signal.QUERY, Signal.VALUE})
 _HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | _FROM_ATTENTION
 
-_QKV = "_visiontok_qkv"
+
+class _Tap:
+    """Takes q, k, v out of an attention module: a plain object, so that hooks may replace inputs and output freely."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
 
 
 class PatchedAttention:
-    """Attention that, when asked, hands out its q, k, v with its output."""
+    """Attention that, when given a tap, leaves its q, k, v there."""
 
-    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, *args: Any, tap: bool = False, **kwargs: Any) -> Tensor:
-        if not tap:
+    def forward(
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, *args: Any, tap: _Tap | None = None, **kwargs: Any
+    ) -> Tensor:
+        if tap is None:
             return super().forward(x, attn_mask, *args, **kwargs)  # type: ignore[misc]
-        batch, length, _ = x.shape
-        heads = self.num_heads
-        qkv = self.qkv(x).reshape(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -52,28 +59,27 @@ class PatchedAttention:
             logits = (q * self.scale) @ k.transpose(-2, -1)
             logits = logits if attn_mask is None else logits + attn_mask
             y = self.attn_drop(logits.softmax(dim=-1)) @ v
-        y = self.norm(y.transpose(1, 2).reshape(batch, length, -1))
+        y = self.norm(y.transpose(1, 2).flatten(2))
         gate = getattr(self, "gate", None)
         if gate is not None:
             y = y * gate(x).sigmoid()
-        y = self.proj_drop(self.proj(y))
-        setattr(y, _QKV, (q, k, v))
-        return y
+        tap.q, tap.k, tap.v = q, k, v
+        return self.proj_drop(self.proj(y))
 
 
 def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, dict[str, Callable[[], Any]]]:
     bias = state.key_bias(_bias_dtype(attn, x))
     if not isinstance(attn, PatchedAttention):
         return attn(x, attn_mask=bias), {}
-    y = attn(x, attn_mask=bias, tap=True)
-    q, k, v = getattr(y, _QKV)
-    return y, {"QUERY": lambda: q, "KEY": lambda: k, "VALUE": lambda: v}
+    tap = _Tap()
+    y = attn(x, attn_mask=bias, tap=tap)
+    return y, {"QUERY": lambda: tap.q, "KEY": lambda: tap.k, "VALUE": lambda: tap.v}
 
 
 def _bias_dtype(attn: Any, x: Tensor) -> torch.dtype:
     # Only the CPU's fused kernel takes an fp32 bias with half-precision queries.
     exact = x.device.type == "cpu" and attn.fused_attn and not torch.is_autocast_enabled("cpu")
-    return torch.promote_types(x.dtype, torch.float32) if exact else x.dtype
+    return wide_dtype(x.dtype) if exact else x.dtype
 
 
 class PatchedBlock:
@@ -86,10 +92,12 @@ class PatchedBlock:
         state = stage.enter(x)
         if stage.first:
             x, state = stage.before(x, state)
-        if stage.idle(state):
+        idle = stage.idle(state)
+        masked = attn_mask is not None or bool(kwargs.get("is_causal"))
+        if idle and not (masked and state.trail):
             y = super().forward(x, attn_mask, **kwargs)  # type: ignore[misc]
             return stage.leave(y, state, {})
-        if attn_mask is not None or kwargs.get("is_causal"):
+        if masked:
             given = "attn_mask" if attn_mask is not None else "is_causal"
             raise IncompatibleError(
                 f"block {stage.layer}: {given} was given but tokens are merged or dropped here, so its rows and columns "
@@ -156,6 +164,11 @@ class PatchedViT:
         y = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
         fill, state = self._visiontok.restore_fill, state_of(y)
         return y if fill is None or state is None else state.restore(y, fill)
+
+    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        y = super().forward_head(x, pre_logits)  # type: ignore[misc]
+        # Without pool and head the features themselves come out; their state must not.
+        return y if state_of(y) is None else y.view_as(y)
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         state = state_of(x)

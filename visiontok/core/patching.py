@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -66,15 +67,22 @@ def check(swaps: Sequence[Swap]) -> None:
         AlreadyPatchedError: A module is patched.
         IncompatibleError: A module has a `forward` of its own that visiontok did not put there.
     """
+    seen: dict[int, str] = {}
     for path, module, _ in swaps:
         where = path or type(module).__name__
+        if id(module) in seen:
+            raise IncompatibleError(
+                f"{seen[id(module)]} and {where} are the same module; each place needs a module of its own to be patched."
+            )
+        seen[id(module)] = where
         if is_patched(module):
             raise AlreadyPatchedError(
                 f"{where} is patched already; change it with Reduction.set(...) or call visiontok.unpatch(model) first."
             )
-        if "forward" in vars(module) and not _accelerated(module):
+        stranger = _stranger(module)
+        if stranger is not None:
             raise IncompatibleError(
-                f"{where} has a forward of its own on the instance ({vars(module)['forward']!r}), which would bypass the "
+                f"{where} has a forward of its own on the instance ({stranger!r}), which would bypass the "
                 "patch; remove it first, patch, then put it back."
             )
 
@@ -98,26 +106,44 @@ def remove(modules: Sequence[nn.Module]) -> None:
 
     Raises:
         NotPatchedError: A module is not patched, or was wrapped in another class after patching (FSDP2).
+        IncompatibleError: A module was given a forward of its own after patching, which would keep calling the patch.
     """
     for module in modules:
         cls = type(module)
         if "_visiontok_base" not in vars(cls):
             hint = "unshard or unwrap it first" if isinstance(module, Patched) else "it is not patched"
             raise NotPatchedError(f"cannot unpatch {cls.__name__}: its class was changed after patching; {hint}.")
+        stranger = _stranger(module)
+        if stranger is not None:
+            raise IncompatibleError(
+                f"cannot unpatch {cls.__name__}: it was given a forward of its own ({stranger!r}) after patching; remove "
+                "that first."
+            )
     for module in modules:
         _swap(module, type(module)._visiontok_base)
         vars(module).pop(ATTRIBUTE, None)
 
 
 def _swap(module: nn.Module, cls: type) -> None:
+    # accelerate leaves the class's forward, bound, on the instance: as `_old_forward` while its hook is on, as `forward`
+    # once the hook was removed.
+    bound = [name for name in ("forward", "_old_forward") if _is_own(module, vars(module).get(name))]
     module.__class__ = cls
-    if _accelerated(module):
-        # accelerate put a forward on the instance that calls `_old_forward`, a method bound to the former class.
-        vars(module)["_old_forward"] = cls.forward.__get__(module)
+    for name in bound:
+        vars(module)[name] = cls.forward.__get__(module)
 
 
-def _accelerated(module: nn.Module) -> bool:
-    return "_hf_hook" in vars(module) and "_old_forward" in vars(module)
+def _stranger(module: nn.Module) -> Any:
+    """What stands on the instance in place of the class's forward, or None."""
+    held = vars(module)
+    name = "_old_forward" if "_hf_hook" in held and "_old_forward" in held else "forward"
+    return held[name] if name in held and not _is_own(module, held[name]) else None
+
+
+def _is_own(module: nn.Module, method: Any) -> bool:
+    if not isinstance(method, MethodType) or method.__self__ is not module:
+        return False
+    return method.__func__ is getattr(type(module), "forward", None)
 
 
 def detached(model: nn.Module) -> nn.Module:

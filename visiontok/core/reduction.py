@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from visiontok.core import flops, patching
+from visiontok.core import flops, patching, saving
 from visiontok.core.backbone import Backbone
 from visiontok.core.plan import Plan, bind
 from visiontok.core.reducer import Reducer
@@ -86,7 +87,11 @@ class Reduction:
         swaps = self.backbone.swaps(self.model)
         patching.install(swaps)
         self._modules = [swap.module for swap in swaps]
-        self._stage()
+        try:
+            self._stage()
+        except BaseException:
+            self.unpatch()
+            raise
         vars(self.model)[patching.ATTRIBUTE] = self
 
     def unpatch(self) -> nn.Module:
@@ -122,6 +127,8 @@ class Reduction:
         changed = (targets[0].replaced(**params),)
         plan = bind(changed, self.backbone, self.model, _Gauge(self.model, self.backbone))
         self.reducers, self.plan = changed, plan
+        # Notes of earlier forwards, in any thread, belong to the old plan.
+        self._chain = self._chain.fresh()
         self._stage()
         return self
 
@@ -131,6 +138,11 @@ class Reduction:
     def restore_fill(self) -> Fill | None:
         """What dropped tokens get in full-length features, or None where features stay reduced."""
         return _RESTORE[self._chain.restore]
+
+    @property
+    def restore_mode(self) -> str | None:
+        """The `restore` that the model was patched with."""
+        return self._chain.restore
 
     @property
     def tokens(self) -> list[int]:
@@ -162,6 +174,17 @@ class Reduction:
         layers = [(before.blocks[path] / 1e9, after.blocks[path] / 1e9) for path in paths]
         matcher = (real.total - after.total) / 1e9
         return Report(tokens_in, tokens, before.total / 1e9, after.total / 1e9, matcher, layers)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Writes `visiontok_config.json` (and learned parts, if any); load with `visiontok.from_pretrained`.
+
+        Args:
+            directory: Made if missing.
+
+        Returns:
+            The path of the configuration.
+        """
+        return saving.save_pretrained(self, directory)
 
     def __repr__(self) -> str:
         names = ", ".join(repr(r) for r in self.reducers)

@@ -88,6 +88,10 @@ class Chain:
         return (Chain, (self.trace, self.restore, self.check_finite))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        return self.fresh()
+
+    def fresh(self) -> Chain:
+        """A chain with the same switches and no notes."""
         return Chain(self.trace, self.restore, self.check_finite)
 
     def opened(self, state: TokenState) -> None:
@@ -107,16 +111,30 @@ class Chain:
         self.notes.handed = None if state is None else (weakref.ref(x), weakref.ref(state))
 
     def recovered(self, x: Tensor, layer: int) -> TokenState | None:
-        """The state of a tensor that was moved or viewed between two blocks and so lost its attribute.
+        """The state of a tensor that was moved, cast or copied between two blocks and so lost its attribute.
 
-        Only the very last hand-over of this thread counts, while its tensor is alive and has x's shape.
+        Only the very last hand-over of this thread counts, while its tensor is alive and x holds the same values:
+        with two forwards interleaved in one thread, shape and layer alone would hand one the other's sizes.
         """
         if self.notes.handed is None:
             return None
         source, state = self.notes.handed[0](), self.notes.handed[1]()
         if source is None or state is None or source.shape != x.shape or state.layer != layer:
             return None
+        if not _same_values(source, x):
+            return None
         return state if state.device == x.device else state.to(x.device)
+
+
+def _same_values(source: Tensor, x: Tensor) -> bool:
+    if source.is_meta or x.is_meta:
+        return source.device == x.device
+    return torch.allclose(source.detach().to(x.device, x.dtype), x.detach(), rtol=0, atol=0, equal_nan=True)
+
+
+def _recomputing() -> bool:
+    # Checkpointing runs blocks again inside backward; those runs are not the last forward.
+    return torch._C._current_graph_task_id() != -1
 
 
 def state_of(x: Tensor) -> TokenState | None:
@@ -198,7 +216,7 @@ class Stage:
             batch=batch, n=length, n0=length, device=x.device, prefix=self.prefix, depth=self.depth, grid=grid,
             proportional=self.proportional, carry_rules=self.carry_rules,
         )  # fmt: skip
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _recomputing():
             self.chain.opened(state)
         return state
 
@@ -222,10 +240,11 @@ class Stage:
 
     def leave(self, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]) -> Tensor:
         """Reduces before the next block and attaches the state to the tensor handed on."""
-        x, state = self._reduce("NEXT", Site.PRE, x, state.changed(layer=self.layer + 1), offered)
-        state = state.changed(marks=(*state.marks, len(state.trail)))
+        if "NEXT" in self.steps:
+            x, state = self._reduce("NEXT", Site.PRE, x, state.changed(layer=self.layer + 1), offered)
+        state = state.changed(layer=self.layer + 1, marks=(*state.marks, len(state.trail)))
         setattr(x, _STATE, state)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _recomputing():
             self.chain.notes.tokens.append(int(state.n))
             self.chain.handed(x, None if state.layer == self.depth else state)
         return x
@@ -250,7 +269,8 @@ class Stage:
                 return Decision(x, state)
             reduced, after = apply(tm, x, state)
         if not torch.compiler.is_compiling():
-            self.chain.decided(state.layer, site, tm, after)
+            if not _recomputing():
+                self.chain.decided(state.layer, site, tm, after)
             if self.chain.check_finite:
                 _check_finite(reduced, step.reducer, state.layer)
         return Decision(reduced, after)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from visiontok.errors import IncompatibleError, UnknownNameError, did_you_mean
+from visiontok.ops.constants import wide_dtype
 
 __all__ = ["Signal", "Signals", "Site"]
 
@@ -113,5 +113,6 @@ class Signals:
 
 def _wide(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(torch.promote_types(value.dtype, torch.float32))
+        wide = wide_dtype(value.dtype)
+        return value if value.dtype == wide else value.to(wide)
     return value

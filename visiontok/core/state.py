@@ -113,7 +113,8 @@ class TokenState:
             return None
         row = self.size.reshape(self.batch, 1, 1, self.n)
         if self.proportional:
-            return row.log().to(dtype)
+            bias = row.log()
+            return bias if bias.dtype == dtype else bias.to(dtype)
         if not self.padded:
             return None
         return torch.zeros_like(row, dtype=dtype).masked_fill(row == 0, -math.inf)
@@ -143,17 +144,22 @@ class TokenState:
 
     def changed(self, **fields: Any) -> TokenState:
         """A copy with some fields replaced."""
-        # Not dataclasses.replace: torch.compile traces a plain constructor call on every supported torch.
-        values = {name: getattr(self, name) for name in _FIELDS}
-        values.update(fields)
-        return TokenState(**values)
+        if torch.compiler.is_compiling():
+            # torch.compile traces a constructor call on every supported torch, dataclasses.replace not.
+            values = {name: getattr(self, name) for name in _FIELDS}
+            values.update(fields)
+            return TokenState(**values)
+        other = object.__new__(TokenState)
+        vars(other).update(vars(self))
+        vars(other).update(fields)
+        return other
 
-    def advance(self, tm: TokenMap, dtype: torch.dtype) -> TokenState:
+    def advance(self, tm: TokenMap, size: Tensor | None) -> TokenState:
         """The state after a map.
 
         Args:
             tm: The decision.
-            dtype: Dtype of the hidden states.
+            size: The new sizes, `tm.sizes(self.size, dtype)`.
         """
         if tm.assign.shape[1] != self.n:
             raise ParameterError(f"the map takes {tm.assign.shape[1]} tokens, the state has {self.n}.")
@@ -167,7 +173,7 @@ class TokenState:
         moved = tm.form != "identity"
         return self.changed(
             n=tm.K,
-            size=tm.sizes(self.size, dtype),
+            size=size,
             padded=self.padded or tm.counts is not None,
             grid=tm.grid if moved else self.grid,
             positions=self.positions if self.positions is None or not moved else tm.reduce(self.positions, self.size),
@@ -211,5 +217,6 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     for stream in streams:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
-    reduced = tuple(tm.reduce(stream, state.size) for stream in streams)
-    return (reduced if isinstance(x, tuple) else reduced[0]), state.advance(tm, streams[0].dtype)
+    size = tm.sizes(state.size, streams[0].dtype)
+    reduced = tuple(tm.reduce(stream, state.size, size) for stream in streams)
+    return (reduced if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visiontok.errors import ParameterError
 from visiontok.ops import merging
+from visiontok.ops.constants import wide_dtype
 
 __all__ = ["Fill", "Mode", "TokenMap"]
 
@@ -18,6 +19,8 @@ Mode = Literal["mean", "sum", "amax", "absmax", "mlerp"]
 Fill = Literal["zero", "mean", "self", "nearest"]
 Form = Literal["any", "complete", "select", "identity"]
 
+# Smallest positive normal fp32 number: divides a zero by something.
+_TINY = torch.finfo(torch.float32).tiny
 _MODES = ("mean", "sum", "amax", "absmax", "mlerp")
 
 
@@ -33,7 +36,8 @@ class TokenMap:
             `absmax` (per channel the entry of largest magnitude), `mlerp` (mean direction with the largest norm;
             ToFu, arXiv:2312.01026).
         mass: (B, N) share of each token in its slot's new size. Default: the token's size.
-        anchor: (B, K) int64, the token that stands for a slot (position, packing rank). Default: lowest index.
+        anchor: (B, K) int64, the token that stands for a slot (position, packing rank). Default: its only token that is
+            not in `left`, else its lowest index.
         counts: (B,) int64 live slots per sample where they differ; slots beyond get size 0.
         grid: (h, w) if the non-prefix slots form a grid in raster order.
         soft: (B, K, N) a learned or attention-like map; then values are `soft @ x` and `assign` is only the origin
@@ -42,6 +46,7 @@ class TokenMap:
         carry: New or replaced entries of `TokenState.carry`, already on K slots.
         stash: New `TokenState.stash`.
         memo: New or replaced entries of `TokenState.memo`.
+        left: (B, r) int64 tokens that merged into another one; the rest are destinations.
         form: What is known without looking at the values: `identity`, `select` (value and size are those of the
             anchor), `complete` (nothing dropped) or `any`.
     """
@@ -59,9 +64,13 @@ class TokenMap:
     carry: Mapping[str, Tensor] | None = None
     stash: Tensor | None = None
     memo: Mapping[str, Any] | None = None
+    left: Tensor | None = None
     form: Form = "any"
 
     def __post_init__(self) -> None:
+        if self.form == "complete" and self.weight is None and self.mass is None:
+            # Made by the core's own constructors in the hot path; everything else is checked.
+            return
         if self.assign.dim() != 2:
             raise ParameterError(f"assign must be (B, N), got shape {tuple(self.assign.shape)}.")
         if self.mode not in _MODES:
@@ -128,7 +137,7 @@ class TokenMap:
         assign = torch.full((batch, length or count + src.shape[1]), -1, dtype=torch.int64, device=order.device)
         assign = assign.scatter(1, anchor, slots)
         assign = assign.scatter(1, src, assign.gather(1, dst))
-        return cls(assign, count, anchor=anchor, form="complete" if complete else "any", **extra)
+        return cls(assign, count, anchor=anchor, left=src, form="complete" if complete else "any", **extra)
 
     # ---- what the core derives
 
@@ -137,28 +146,30 @@ class TokenMap:
         """Tokens grouped by slot (CSR), derived once."""
         cached = self.__dict__.get("_groups")
         if cached is None:
-            cached = merging.group(self.assign, self.K)
+            cached = merging.group(self.assign, self.K, complete=self.form == "complete")
             object.__setattr__(self, "_groups", cached)
         return cached
 
     @property
     def csr(self) -> Tensor:
-        """(B, K + 1) int32 bounds of each slot in `src`."""
+        """(B, K + 1) int64 bounds of each slot in `src`."""
         return self.groups.csr
 
     @property
     def src(self) -> Tensor:
-        """(B, N) int32 tokens ordered by slot; dropped ones last."""
+        """(B, N) int64 tokens ordered by slot; dropped ones last."""
         return self.groups.src
 
     @property
     def kept(self) -> Tensor:
-        """(B, K) int64 the token that stands for each slot: `anchor`, else the lowest index assigned to it."""
+        """(B, K) int64 the token that stands for each slot; see `anchor`."""
         if self.anchor is not None:
             return self.anchor
         length = self.assign.shape[1]
         tokens = torch.arange(length, device=self.assign.device).expand_as(self.assign)
         spare = torch.where(self.assign < 0, self.K, self.assign)
+        if self.left is not None:
+            spare = spare.scatter(1, self.left, self.K)
         first = tokens.new_full((self.assign.shape[0], self.K + 1), length)
         first = first.scatter_reduce(1, spare, tokens, reduce="amin")[:, : self.K]
         return first.clamp_max(length - 1)
@@ -170,12 +181,13 @@ class TokenMap:
             return None
         return torch.arange(self.K, device=self.assign.device) < self.counts.unsqueeze(1)
 
-    def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+    def reduce(self, x: Tensor, size: Tensor | None = None, total: Tensor | None = None) -> Tensor:
         """Values of the slots.
 
         Args:
             x: (B, N, C).
             size: (B, N, 1) token sizes, or None for all ones.
+            total: (B, K, 1) `self.sizes(size)` if it is at hand; saves summing the default weights again.
 
         Returns:
             (B, K, C) in x.dtype; sums are accumulated in fp32 (fp64 for fp64).
@@ -183,7 +195,7 @@ class TokenMap:
         if self.form == "identity":
             return x
         if self.soft is not None:
-            wide = merging.accumulator(x.dtype)
+            wide = wide_dtype(x.dtype)
             return (self.soft.to(wide) @ x.to(wide)).to(x.dtype)
         if self.form == "select" and self.mode != "sum":
             return merging.select(x, self.kept)
@@ -196,8 +208,10 @@ class TokenMap:
         complete = self.form == "complete"
         if self.mode == "sum":
             return merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x)).to(x.dtype)
-        weight = self._share(x, weight, complete)
-        mean = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x)).to(x.dtype)
+        known = total if self.weight is None and self.mass is None and self.counts is None else None
+        weight = self._share(x, weight, complete, known)
+        mean = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x))
+        mean = mean if mean.dtype == x.dtype else mean.to(x.dtype)
         return mean if self.mode == "mean" else self._rescaled(mean, x)
 
     def sizes(self, size: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -210,7 +224,7 @@ class TokenMap:
         Returns:
             (B, K, 1), 0 for a slot without tokens of this sample; None if every slot has size one.
         """
-        wide = merging.accumulator(dtype)
+        wide = wide_dtype(dtype)
         if self.form == "identity" and self.mass is None:
             return size
         if self.soft is not None and self.mass is None:
@@ -219,7 +233,8 @@ class TokenMap:
             new = None if size is None else merging.select(size, self.kept)
             return self._masked(new, wide)
         mass = self.mass if self.mass is not None else self._ones(wide) if size is None else size.squeeze(-1)
-        new = merging.segment_count(mass.to(wide), self.assign, self.K, complete=self.form == "complete")
+        mass = mass if mass.dtype == wide else mass.to(wide)
+        new = merging.segment_count(mass, self.assign, self.K, complete=self.form == "complete")
         return self._masked(new.unsqueeze(-1), wide)
 
     def restore(self, y: Tensor, fill: Fill = "zero", x: Tensor | None = None) -> Tensor:
@@ -238,7 +253,7 @@ class TokenMap:
             ParameterError: Unknown fill, or `fill="self"` without x.
         """
         if self.back is not None:
-            return (self.back.to(merging.accumulator(y.dtype)) @ y.to(merging.accumulator(y.dtype))).to(y.dtype)
+            return (self.back.to(wide_dtype(y.dtype)) @ y.to(wide_dtype(y.dtype))).to(y.dtype)
         return restore(y, self.assign, fill, x=x)
 
     # ---- composition
@@ -286,12 +301,16 @@ class TokenMap:
     def _ones(self, dtype: torch.dtype) -> Tensor:
         return torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
 
-    def _share(self, x: Tensor, weight: Tensor | None, complete: bool) -> Tensor:
-        wide = merging.accumulator(x.dtype)
+    def _share(self, x: Tensor, weight: Tensor | None, complete: bool, total: Tensor | None) -> Tensor:
+        wide = wide_dtype(x.dtype)
+        index = self.assign if complete else self.assign.clamp_min(0)
+        if total is not None:
+            part = total.squeeze(-1).gather(1, index)
+            # Sizes are at least one but for padding, whose share must not become 0 / 0.
+            return part.reciprocal_() if weight is None else weight / part.clamp_min_(_TINY)
         weight = self._ones(wide) if weight is None else weight.to(wide)
         total = merging.segment_count(weight, self.assign, self.K, complete=complete)
-        index = self.assign if complete else self.assign.clamp_min(0)
-        return weight / total.clamp_min(torch.finfo(wide).tiny).gather(1, index)
+        return weight / total.clamp_min(_TINY).gather(1, index)
 
     def _rescaled(self, mean: Tensor, x: Tensor) -> Tensor:
         norms = merging.segment_max(x.norm(dim=-1, keepdim=True), self.assign, self.K)

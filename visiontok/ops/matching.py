@@ -6,15 +6,22 @@ depend on device or thread count. A zero vector has similarity 0 to everything. 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visiontok.errors import ParameterError
+from visiontok.ops import dispatch
+from visiontok.ops.constants import arange_rows, wide_dtype
+from visiontok.ops.ordering import stable_order
 
-__all__ = ["Match", "alternate", "best_match", "bipartite", "even_odd", "every_kth", "halves", "unit"]
+__all__ = ["Match", "alternate", "best_match", "bipartite", "even_odd", "even_odd_slots", "every_kth", "halves", "unit"]
+
+
+# Below this length a vector has no direction; as in F.normalize.
+_TINY = 1e-12
 
 
 class Match(NamedTuple):
@@ -37,7 +44,8 @@ def unit(metric: Tensor) -> Tensor:
     Args:
         metric: (B, N, d).
     """
-    return F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    rows = metric.to(torch.promote_types(metric.dtype, torch.float32))
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(_TINY)
 
 
 def best_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +79,7 @@ def bipartite(a_metric: Tensor, b_metric: Tensor, a: Tensor, b: Tensor, r: int, 
     batch = a_metric.shape[0]
     a, b = a.expand(batch, -1), b.expand(batch, -1)
     score, partner = best_match(a_metric, b_metric)
-    ranked = score.argsort(dim=-1, descending=True, stable=True)
+    ranked = stable_order(score, descending=True)
     leaving, staying = ranked[:, :r], ranked[:, r:]
     if ascending:
         staying = staying.sort(dim=-1).values
@@ -90,13 +98,70 @@ def even_odd(metric: Tensor, r: int, prefix: int = 0) -> Match:
         r: Tokens to merge, clamped to (N - prefix) // 2.
         prefix: Leading tokens to protect.
     """
-    length = metric.shape[1]
-    r = max(min(r, (length - prefix) // 2), 0)
+    r = max(min(r, (metric.shape[1] - prefix) // 2), 0)
     rows = unit(metric)
-    first_a, first_b = prefix + prefix % 2, prefix + (prefix + 1) % 2
-    place = torch.arange(length, device=metric.device)
+    place = torch.arange(metric.shape[1], device=metric.device)
+    first_a, first_b = _parity(prefix)
     a, b = place[first_a::2], place[first_b::2]
     return bipartite(rows[:, first_a::2], rows[:, first_b::2], a, b, r, ascending=prefix > 0)
+
+
+def even_odd_slots(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """`even_odd` as an assignment, in fewer and smaller operations: the hot path of ToMe.
+
+    Args:
+        metric: (B, N, d).
+        r: Tokens to merge, 1 … (N - prefix) // 2.
+        prefix: Leading tokens to protect.
+
+    Returns:
+        (B, N) int64 slot of each token among N - r, and (B, r) int64 the tokens that left.
+    """
+    batch, length, _ = metric.shape
+    first_a, first_b = _parity(prefix)
+    rows = unit(metric)
+    score, partner = best_match(rows[:, first_a::2], rows[:, first_b::2])
+    ranked = stable_order(score, descending=True)
+    leaving, count = ranked[:, :r], score.shape[1] - r
+    if prefix > 0:
+        # Ascending order of the unmerged: a token's slot is the number of unmerged ones up to it.
+        slot = torch.ones_like(ranked).scatter_(1, leaving, 0).cumsum_(dim=1)
+    else:
+        places = arange_rows(batch, count, metric.device, start=1)
+        slot = torch.empty_like(ranked).scatter_(1, ranked[:, r:], places)
+    slot.scatter_(1, leaving, partner.gather(1, leaving).add_(count + 1))
+    # Slots: prefix, unmerged tokens of a, then b in order. `slot` counts from one, hence the shift.
+    assign = _template(batch, length, count, prefix, metric.device).clone()
+    assign[:, first_a::2] += slot
+    return assign, leaving * 2 + first_a
+
+
+def _template(batch: int, length: int, count: int, prefix: int, device: torch.device) -> Tensor:
+    # What does not depend on the match: slots of prefix and b, and the start of a's slots.
+    if dispatch.tracing():
+        return _make_template(batch, length, count, prefix, device)
+    return _cached_template(batch, length, count, prefix, device)
+
+
+def _make_template(batch: int, length: int, count: int, prefix: int, device: torch.device) -> Tensor:
+    first_a, first_b = _parity(prefix)
+    row = torch.arange(length, device=device)
+    place = (row - first_b).div(2, rounding_mode="floor") + prefix + count
+    place = torch.where(row < prefix, row, place)
+    place = torch.where((row >= first_a) & ((row - first_a) % 2 == 0), prefix - 1, place)
+    return place.repeat(batch, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_template(batch: int, length: int, count: int, prefix: int, device: torch.device) -> Tensor:
+    # A tensor made in inference mode could not be used outside it.
+    with torch.inference_mode(False):
+        return _make_template(batch, length, count, prefix, device)
+
+
+def _parity(prefix: int) -> tuple[int, int]:
+    # First even and first odd position after the prefix.
+    return prefix + prefix % 2, prefix + (prefix + 1) % 2
 
 
 def every_kth(metric: Tensor, k: int, *, drop_tail: bool = False) -> Match:

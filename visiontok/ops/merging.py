@@ -9,43 +9,38 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visiontok.ops import dispatch
+from visiontok.ops.constants import arange_rows, wide_dtype
 
-__all__ = ["Groups", "accumulator", "group", "segment_count", "segment_max", "segment_sum", "select", "spread"]
+__all__ = ["Groups", "group", "segment_count", "segment_max", "segment_sum", "select", "spread"]
 
 
 class Groups(NamedTuple):
     """Tokens grouped by slot, in compressed sparse rows.
 
     Attributes:
-        csr: (B, K + 1) int32; the tokens of slot k are `src[csr[k]:csr[k + 1]]`. Dropped tokens come after `csr[K]`.
-        src: (B, N) int32, token indices ordered by slot, ascending inside a slot.
+        csr: (B, K + 1) int64; the tokens of slot k are `src[csr[k]:csr[k + 1]]`. Dropped tokens come after `csr[K]`.
+        src: (B, N) int64, token indices ordered by slot, ascending inside a slot.
     """
 
     csr: Tensor
     src: Tensor
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of `dtype` are summed: at least fp32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def group(assign: Tensor, num_slots: int) -> Groups:
+def group(assign: Tensor, num_slots: int, *, complete: bool = False) -> Groups:
     """Groups tokens by slot.
 
     Args:
         assign: (B, N) int64.
         num_slots: K.
+        complete: True promises that no token is dropped.
     """
-    slots = torch.where(assign < 0, num_slots, assign).int()
+    slots = assign if complete else torch.where(assign < 0, num_slots, assign)
     ordered, src = slots.sort(dim=1, stable=True)
-    bounds = torch.arange(num_slots + 1, device=assign.device, dtype=torch.int32)
-    csr = torch.searchsorted(ordered, bounds.repeat(assign.shape[0], 1), out_int32=True)
-    return Groups(csr, src.int())
+    bounds = arange_rows(assign.shape[0], num_slots + 1, assign.device)
+    return Groups(torch.searchsorted(ordered, bounds), src)
 
 
 def select(x: Tensor, index: Tensor) -> Tensor:
@@ -59,7 +54,7 @@ def select(x: Tensor, index: Tensor) -> Tensor:
         (B, K, ...).
     """
     batch, count = index.shape
-    rows = index if batch == 1 else index + torch.arange(batch, device=index.device).unsqueeze(1) * x.shape[1]
+    rows = index if batch == 1 else index + _starts(batch, x.shape[1], index.device)
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (batch, count))
 
 
@@ -94,7 +89,7 @@ def segment_sum(x: Tensor, assign: Tensor, num_slots: int, weight: Tensor | None
         groups: The grouping of `assign`, if it is at hand already.
 
     Returns:
-        (B, K, C) in `accumulator(x.dtype)`.
+        (B, K, C) in at least fp32.
     """
     return _segment_sum(x, assign, num_slots, weight, complete, groups)
 
@@ -112,9 +107,11 @@ def uses_groups(x: Tensor) -> bool:
 def _segment_sum_bag(
     x: Tensor, assign: Tensor, num_slots: int, weight: Tensor | None, complete: bool, groups: Groups | None
 ) -> Tensor:
-    groups = groups if groups is not None else group(assign, num_slots)
-    rows = x.to(accumulator(x.dtype))
-    weight = weight if weight is None else weight.to(rows.dtype)
+    groups = groups if groups is not None else group(assign, num_slots, complete=complete)
+    wide = wide_dtype(x.dtype)
+    rows = x if x.dtype == wide else x.to(wide)
+    if weight is not None and weight.dtype != wide:
+        weight = weight.to(wide)
     if torch.is_grad_enabled() and (rows.requires_grad or (weight is not None and weight.requires_grad)):
         return _BagSum.apply(rows, weight, assign, groups.csr, groups.src, complete)
     return _bag_sum(rows, weight, groups.csr, groups.src, complete)
@@ -123,15 +120,23 @@ def _segment_sum_bag(
 def _bag_sum(rows: Tensor, weight: Tensor | None, csr: Tensor, src: Tensor, complete: bool) -> Tensor:
     batch, length, channels = rows.shape
     if weight is not None:
-        weight = weight.gather(1, src.long()).flatten()
+        weight = weight.gather(1, src).view(-1)
     # Without the promise of completeness a spare last bag swallows the dropped tokens.
     bags = csr[:, :-1] if complete else csr
+    count = bags.shape[1]
     if batch > 1:
-        start = torch.arange(batch, device=rows.device, dtype=torch.int32).unsqueeze(1) * length
+        start = _starts(batch, length, rows.device)
         bags, src = bags + start, src + start
     flat = rows.reshape(batch * length, channels)
-    out = F.embedding_bag(src.flatten(), flat, bags.flatten(), mode="sum", per_sample_weights=weight)
-    return out.view(batch, -1, channels)[:, : csr.shape[1] - 1]
+    # The op itself (mode 0 is sum): the functional wrapper's checks cost as much as the op at batch 1.
+    out = torch.embedding_bag(flat, src.reshape(-1), bags.reshape(-1), False, 0, False, weight)[0]
+    out = out.view(batch, count, channels)
+    return out if complete else out[:, :-1]
+
+
+def _starts(batch: int, length: int, device: torch.device) -> Tensor:
+    # (B, 1) position of each sample's first token in the flattened batch.
+    return arange_rows(1, batch, device).t() * length
 
 
 class _BagSum(torch.autograd.Function):
@@ -166,8 +171,8 @@ def _segment_sum_index_add(
     batch, length, channels = x.shape
     slots = num_slots if complete else num_slots + 1
     index = assign if complete else torch.where(assign < 0, num_slots, assign)
-    index = index + torch.arange(batch, device=x.device).unsqueeze(1) * slots
-    rows = x.to(accumulator(x.dtype))
+    index = index + _starts(batch, slots, x.device)
+    rows = x.to(wide_dtype(x.dtype))
     if weight is not None:
         rows = rows * weight.unsqueeze(-1)
     out = rows.new_zeros(batch * slots, channels).index_add(0, index.flatten(), rows.reshape(batch * length, channels))
@@ -188,7 +193,8 @@ def segment_count(weight: Tensor, assign: Tensor, num_slots: int, *, complete: b
     """
     slots = num_slots if complete else num_slots + 1
     index = assign if complete else torch.where(assign < 0, num_slots, assign)
-    return weight.new_zeros(assign.shape[0], slots).scatter_add(1, index, weight)[:, :num_slots]
+    out = weight.new_zeros(assign.shape[0], slots).scatter_add(1, index, weight)
+    return out if complete else out[:, :num_slots]
 
 
 def segment_max(x: Tensor, assign: Tensor, num_slots: int) -> Tensor:

@@ -16,6 +16,7 @@ from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError, UnknownNameError, did_you_mean
 from visiontok.ops import matching, scoring
+from visiontok.ops.ordering import stable_order
 from visiontok.reducers.tome import head_mean
 
 __all__ = ["PiToMe"]
@@ -188,7 +189,7 @@ class PiToMe(Reducer):
         if kind == "bsm":
             return matching.even_odd(metric, r, prefix)
         rows = matching.unit(metric[:, prefix:])
-        ranked = self.energy(rows, where).argsort(dim=-1, descending=True, stable=True)
+        ranked = stable_order(self.energy(rows, where), descending=True)
         if kind == "bsm_pitome":
             a, b = matching.alternate(ranked)
             found = matching.bipartite(_take(rows, a), _take(rows, b), a, b, r, ascending=False)

@@ -10,6 +10,7 @@ from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
 from visiontok.ops.hashing import rank_keys
+from visiontok.ops.ordering import stable_order
 
 __all__ = ["Random"]
 
@@ -46,5 +47,5 @@ class Random(Reducer):
         if removed == 0:
             return None
         keys = rank_keys(state.items, seed=self.seed, layer=state.layer, device=state.device)
-        kept = keys.argsort(stable=True)[: state.items - removed].sort().values + state.prefix
+        kept = stable_order(keys)[: state.items - removed].sort().values + state.prefix
         return TokenMap.keep(kept.expand(state.batch, -1), state.n, state.prefix)

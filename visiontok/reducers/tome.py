@@ -71,8 +71,8 @@ class ToMe(Reducer):
         r = self.amount(budget, state)
         if r == 0:
             return None
-        match = matching.even_odd(head_mean(signals.KEY.detach()), r, state.prefix)
-        return TokenMap.merge(match.src, match.dst, match.order, state.prefix)
+        assign, left = matching.even_odd_slots(head_mean(signals.KEY.detach()), r, state.prefix)
+        return TokenMap(assign, state.n - r, left=left, form="complete")
 
 
 @dataclass(frozen=True)
