@@ -172,7 +172,7 @@ def _resolve(reducer: Any, params: dict[str, Any]) -> list[Reducer]:
     if isinstance(reducer, (list, tuple)):
         if params:
             names = ", ".join(params)
-            raise ParameterError(f"{names} cannot be given with a list of reducers; write (name, {{parameters}}) items.")
+            raise ParameterError(f"{names} cannot be given with a list of reducers; write (name, {{params}}) items.")
         if not reducer:
             raise ParameterError("the list of reducers is empty.")
         return [_resolve_one(item) for item in reducer]

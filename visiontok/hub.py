@@ -33,13 +33,17 @@ def from_pretrained(model: nn.Module, source: str | Path, *, revision: str | Non
     target, backbone = resolve_target(model)
     blocks = backbone.blocks(target)
     found = {"backbone": backbone.name, "model_class": type(target).__name__, "depth": len(blocks)}
-    wrong = [f"{key}: saved {config[key]!r}, this model {value!r}" for key, value in found.items() if config[key] != value]
+    differing = [key for key, value in found.items() if config[key] != value]
+    wrong = [f"{key}: saved {config[key]!r}, this model {found[key]!r}" for key in differing]
     if wrong:
         raise FormatError(f"the saved reduction is for another model ({'; '.join(wrong)}).")
     reduction = patch(model, items, restore=config["restore"])
-    weights = Path(_fetch(source, WEIGHTS, revision)) if learned_parts(target) else None
-    if weights is not None:
-        _load_learned(target, weights)
+    try:
+        if learned_parts(target):
+            _load_learned(target, _fetch(source, WEIGHTS, revision))
+    except BaseException:
+        reduction.unpatch()
+        raise
     return reduction
 
 
@@ -51,7 +55,7 @@ def _fetch(source: str | Path, name: str, revision: str | None) -> Path:
             raise FormatError(f"{folder} holds no {name}; save a reduction there with Reduction.save_pretrained.")
         return file
     if folder.is_absolute() or len(folder.parts) > 2:
-        raise ParameterError(f"source must be a directory that exists or a hub repository 'owner/name', got {source!s}.")
+        raise ParameterError(f"source must be an existing directory or a hub repository 'owner/name', got {source!s}.")
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(source), name, revision=revision))
@@ -65,8 +69,13 @@ def _load_learned(model: nn.Module, path: Path) -> None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path.name} cannot be read: {error}.") from None
-    expected = set(learned_parts(model))
-    if set(tensors) != expected:
-        missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    expected = learned_parts(model)
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or extra:
         raise FormatError(f"{path.name} does not fit: missing {missing}, unexpected {extra}.")
+    for name, tensor in tensors.items():
+        want = expected[name]
+        if tensor.shape != want.shape or tensor.is_floating_point() != want.is_floating_point():
+            got = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise FormatError(f"{path.name}: {name} is {got}, this model has {tuple(want.shape)} {want.dtype}.")
     model.load_state_dict(tensors, strict=False)

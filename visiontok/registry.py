@@ -8,7 +8,7 @@ import importlib.metadata
 import inspect
 import pkgutil
 import warnings
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from visiontok.errors import UnknownNameError, did_you_mean
 
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
             UnknownNameError: No such name; the message offers the closest one and lists all.
         """
         self._search()
-        key = str(name).lower().replace("-", "_")
+        key = _plain(name)
         key = self._aliases.get(key, key)
         if key not in self._classes:
             known = self.names()
@@ -74,25 +74,27 @@ class Registry(Generic[T]):
         Raises:
             ValueError: The name or an alias belongs to another class.
         """
-        name: str = vars(cls)["name"]
-        for key in (name, *vars(cls).get("aliases", ())):
+        name = _plain(vars(cls)["name"])
+        aliases = [_plain(alias) for alias in vars(cls).get("aliases", ())]
+        for key in (name, *aliases):
             owner = self._classes.get(self._aliases.get(key, key))
             if owner is not None and owner is not cls:
                 raise ValueError(f"{self.kind} name {key!r} of {cls!r} is taken by {owner!r}; choose another name.")
         self._classes[name] = cls
-        self._aliases.update({alias: name for alias in vars(cls).get("aliases", ())})
+        self._aliases.update(dict.fromkeys(aliases, name))
         return cls
 
     def _search(self) -> None:
         if self._searched:
             return
-        self._searched = True
         package = importlib.import_module(self.package)
         for info in pkgutil.iter_modules(package.__path__):
             module = importlib.import_module(f"{self.package}.{info.name}")
             for _, cls in inspect.getmembers(module, inspect.isclass):
                 if cls.__module__ == module.__name__ and vars(cls).get("name"):
-                    self.register(cls)
+                    self.register(cast("type[T]", cls))
+        # Only now: a search that an import error cut short must start anew, not leave half a registry.
+        self._searched = True
         for entry in importlib.metadata.entry_points(group=self.entry_points):
             self._load(entry)
 
@@ -102,3 +104,7 @@ class Registry(Generic[T]):
             self.register(entry.load())
         except Exception as error:
             warnings.warn(f"{self.kind} plugin {entry.value!r} could not be loaded: {error}", stacklevel=4)
+
+
+def _plain(name: str) -> str:
+    return str(name).lower().replace("-", "_")

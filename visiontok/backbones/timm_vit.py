@@ -156,9 +156,9 @@ class PatchedViT:
     _visiontok: Any
 
     def _pos_embed(self: Any, x: Tensor) -> Tensor:
-        grid = (int(x.shape[1]), int(x.shape[2])) if x.dim() == 4 else None
-        y = super()._pos_embed(x)  # type: ignore[misc]
-        return y if grid is None else hint_grid(y, grid)
+        # Not the grid of the plan: a dynamic size or set_input_size may have changed it.
+        height, width = x.shape[1:3] if x.dim() == 4 else self.patch_embed.grid_size
+        return hint_grid(super()._pos_embed(x), (int(height), int(width)))  # type: ignore[misc]
 
     def forward_features(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
@@ -289,7 +289,8 @@ class TimmViT(Backbone):
         return self.examples()["cls"]
 
     def examples(self) -> dict[str, tuple[nn.Module, Tensor]]:
-        from timm.models import deit, vision_transformer as vit
+        from timm.models import deit
+        from timm.models import vision_transformer as vit
 
         small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
         variants: dict[str, dict[str, Any]] = {

@@ -73,6 +73,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
+def meta_input(model: nn.Module, size: tuple[int, ...], batch: int = 1) -> Tensor:
+    """An input on the meta device in the dtype of the model's parameters."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.empty(batch, *size, device="meta", dtype=next(dtypes, None))
+
+
 def profile(model: nn.Module, inputs: Any, paths: tuple[str, ...] = ()) -> Profile:
     """Counts the MACs of one forward; the model may be on the meta device.
 
@@ -97,4 +103,4 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...], batch: int = 1) ->
         batch: Batch size.
     """
     ghost = meta_copy(model)
-    return profile(ghost, torch.empty(batch, *input_size, device="meta")).total
+    return profile(ghost, meta_input(ghost, input_size, batch)).total

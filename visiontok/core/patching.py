@@ -82,7 +82,7 @@ def check(swaps: Sequence[Swap]) -> None:
         stranger = _stranger(module)
         if stranger is not None:
             raise IncompatibleError(
-                f"{where} has a forward of its own on the instance ({stranger!r}), which would bypass the "
+                f"{where} has a forward of its own on the instance ({stranger}), which would bypass the "
                 "patch; remove it first, patch, then put it back."
             )
 
@@ -116,7 +116,7 @@ def remove(modules: Sequence[nn.Module]) -> None:
         stranger = _stranger(module)
         if stranger is not None:
             raise IncompatibleError(
-                f"cannot unpatch {cls.__name__}: it was given a forward of its own ({stranger!r}) after patching; remove "
+                f"cannot unpatch {cls.__name__}: it was given a forward of its own ({stranger}) after patching; remove "
                 "that first."
             )
     for module in modules:
@@ -133,11 +133,14 @@ def _swap(module: nn.Module, cls: type) -> None:
         vars(module)[name] = cls.forward.__get__(module)
 
 
-def _stranger(module: nn.Module) -> Any:
-    """What stands on the instance in place of the class's forward, or None."""
+def _stranger(module: nn.Module) -> str | None:
+    """What stands on the instance in place of the class's forward, in words, or None."""
     held = vars(module)
     name = "_old_forward" if "_hf_hook" in held and "_old_forward" in held else "forward"
-    return held[name] if name in held and not _is_own(module, held[name]) else None
+    if name not in held or _is_own(module, held[name]):
+        return None
+    # Not the repr: that of a partial or a bound method prints the whole model.
+    return getattr(held[name], "__qualname__", None) or type(held[name]).__name__
 
 
 def _is_own(module: nn.Module, method: Any) -> bool:

@@ -123,14 +123,14 @@ def support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
     if reducer.site not in offered:
         sites = ", ".join(str(site) for site in offered)
         return Support(False, f"{reducer.name} acts at site {reducer.site}; {backbone.name} has {sites}.")
-    have = backbone.signals(model, reducer.site)
-    missing = tuple(str(signal) for signal in reducer.needs if signal not in have)
-    if missing:
-        return Support(False, f"{backbone.name} does not offer {', '.join(missing)} at {reducer.site}.", missing)
     try:
         backbone.check(model, reducer.site)
     except IncompatibleError as error:
         return Support(False, str(error))
+    have = backbone.signals(model, reducer.site)
+    missing = tuple(str(signal) for signal in reducer.needs if signal not in have)
+    if missing:
+        return Support(False, f"{backbone.name} does not offer {', '.join(missing)} at {reducer.site}.", missing)
     return Support(True)
 
 

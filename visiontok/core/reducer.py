@@ -18,6 +18,8 @@ from visiontok.errors import ParameterError, UnknownNameError, did_you_mean
 __all__ = ["Card", "Reducer", "Where"]
 
 _BUDGETS = ("r", "keep", "gflops", "tokens")
+# Annotations of fields that are checked; a field annotated otherwise is its method's own business.
+_SCALARS: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "None": type(None)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,13 @@ class Card:
 
 @dataclass(frozen=True)
 class Where:
-    """The place of a decision: `layer` blocks already run (at MID the block's index) of `depth`; `step` of a sampler."""
+    """The place of a decision.
+
+    Attributes:
+        layer: Blocks already run (at MID the block's index).
+        depth: Blocks of the model.
+        step: Step of a sampler.
+    """
 
     layer: int
     depth: int
@@ -123,6 +131,7 @@ class Reducer(ABC):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or whole or value < low or value == 0:
                 kind = "a positive number of GMACs" if name == "gflops" else "an int >= 1"
                 raise ParameterError(f"{self.name}: {name} must be {kind}, got {value!r}.")
+        self._check_types({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         # Catches a malformed budget here, before any model is known; the length is checked when patching.
         schedule.check(*self.spec())
 
@@ -198,7 +207,22 @@ class Reducer(ABC):
                 raise UnknownNameError(
                     f"{cls.name} has no parameter {name!r}.{did_you_mean(name, known)} Parameters: {', '.join(known)}."
                 )
-        return cls(**params)
+        try:
+            return cls(**params)
+        except TypeError:
+            # A check of the method's own may trip over a value of a wrong type before the base class sees it.
+            cls._check_types(params)
+            raise
+
+    @classmethod
+    def _check_types(cls, params: Mapping[str, Any]) -> None:
+        for f in dataclasses.fields(cls):
+            kinds = str(f.type).split(" | ")
+            if f.name in params and f.name not in _BUDGETS and set(kinds) <= set(_SCALARS):
+                value = params[f.name]
+                fits = any(isinstance(value, _SCALARS[kind]) for kind in kinds)
+                if not fits or (isinstance(value, bool) and "bool" not in kinds):
+                    raise ParameterError(f"{cls.name}: {f.name} must be {' or '.join(kinds)}, got {value!r}.")
 
     def replaced(self, **params: Any) -> Reducer:
         """A copy with other parameters; a new budget replaces the old one."""

@@ -56,7 +56,8 @@ class Report:
 
     def __str__(self) -> str:
         rows = [f"{'block':>5}  {'tokens':>6}  {'GMACs before':>12}  {'after':>8}"]
-        rows += [f"{i:>5}  {n:>6}  {b:>12.3f}  {a:>8.3f}" for i, (n, (b, a)) in enumerate(zip(self.tokens, self.layers))]
+        for i, (n, (before, after)) in enumerate(zip(self.tokens, self.layers)):
+            rows.append(f"{i:>5}  {n:>6}  {before:>12.3f}  {after:>8.3f}")
         rows.append(f"model: {self.gmacs_before:.3f} -> {self.gmacs_after:.3f} GMACs, x{self.ideal_speedup:.2f} ideal")
         rows.append(f"matcher: {self.gmacs_matcher:.4f} GMACs on top")
         return "\n".join(rows)
@@ -121,8 +122,8 @@ class Reduction:
         targets = self.reducers
         if len(targets) > 1:
             raise ParameterError(
-                f"set(...) is ambiguous with {len(targets)} reducers ({', '.join(r.name for r in targets)}); unpatch and "
-                "patch with the new list."
+                f"set(...) is ambiguous with {len(targets)} reducers ({', '.join(r.name for r in targets)}); unpatch "
+                "and patch with the new list."
             )
         changed = (targets[0].replaced(**params),)
         plan = bind(changed, self.backbone, self.model, _Gauge(self.model, self.backbone))
@@ -161,7 +162,7 @@ class Reduction:
             input_size: Shape of one input without the batch; default: the model's nominal size.
         """
         size = tuple(input_size or self.backbone.input_size(self.model))
-        x = torch.empty(1, *size, device="meta")
+        x = flops.meta_input(self.model, size)
         paths = tuple(block.path for block in self.backbone.blocks(self.model))
         ghost = flops.meta_copy(self.model)
         own: Reduction = vars(ghost)[patching.ATTRIBUTE]
@@ -241,4 +242,4 @@ class _Gauge:
             self._ghost.install()
         self._ghost.set(inner=reducer, r=removals)
         size = self._backbone.input_size(self._model)
-        return flops.profile(self._ghost.model, torch.empty(1, *size, device="meta")).total / 1e9
+        return flops.profile(self._ghost.model, flops.meta_input(self._ghost.model, size)).total / 1e9

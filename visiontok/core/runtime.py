@@ -227,8 +227,9 @@ class Stage:
         mid, following = self.steps.get("MID"), self.steps.get("NEXT")
         if mid is not None and self._amount(mid, state) > 0:
             return False
-        listens = following is not None and not set(following.reducer.needs) <= _FREE
-        return not (listens and self._amount(following, state) > 0)
+        if following is None or set(following.reducer.needs) <= _FREE:
+            return True
+        return self._amount(following, state) == 0
 
     def mid(self, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]) -> Decision:
         """Reduces between attention and MLP."""

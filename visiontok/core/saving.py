@@ -90,8 +90,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise FormatError(f"{file.name}: unknown keys {', '.join(unknown)}; known: {', '.join(_KEYS)}.")
     if unknown:
         made = config.get("visiontok_version")
-        warnings.warn(f"{file.name} was written by visiontok {made}; ignored {', '.join(unknown)}. Upgrade to use them.",
-                      stacklevel=3)  # fmt: skip
+        ignored = f"{file.name} was written by visiontok {made}; ignored {', '.join(unknown)}. Upgrade to use them."
+        warnings.warn(ignored, stacklevel=3)
     for key, kind in _KEYS.items():
         if key not in config:
             raise FormatError(f"{file.name}: key {key!r} is missing.")

@@ -12,6 +12,10 @@ from visiontok.errors import FormatError, ParameterError
 
 __all__ = ["Budget", "check", "even", "parse_budget", "parse_keep", "parse_r", "resolve"]
 
+# Far beyond any model; beyond them floats and memory would fail with errors that name no parameter.
+_MOST = 2**40
+_LAYERS = 65_536
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -67,14 +71,14 @@ def parse_r(r: Any, points: int, compat: str | None = None) -> list[int]:
         values = [_tokens(value, "r") for value in r]
         _fits(len(values), points, "r", compat)
         return values + [0] * (points - len(values))
-    if not _is_number(r):
+    if isinstance(r, bool) or not isinstance(r, (int, float)):
         raise ParameterError(f"r must be an int, a float, (r, inflection), a list or a dict, got {r!r}.")
     return _inflected(r, 0.0, points)
 
 
 def _inflected(r: float, inflection: float, points: int) -> list[int]:
-    if not math.isfinite(r) or r < 0:
-        raise ParameterError(f"r must be at least 0 (tokens removed per point), got {r!r}.")
+    if not 0 <= r <= _MOST:
+        raise ParameterError(f"r must be at least 0 (tokens removed per point) and at most {_MOST}, got {r!r}.")
     if not -1 <= inflection <= 1:
         raise ParameterError(f"the inflection of r must be in [-1, 1], got {inflection!r}.")
     low = int(r * (1.0 - inflection))
@@ -133,9 +137,12 @@ def check(r: Any, keep: Any) -> None:
     """Raises ParameterError if `r` or `keep` would be refused by a model of any depth."""
     given = keep if keep is not None else r
     if isinstance(given, Mapping):
-        points = 1 + max((key for key in given if isinstance(key, int)), default=0)
+        highest = max((key for key in given if isinstance(key, int)), default=0)
+        if highest >= _LAYERS:
+            raise ParameterError(f"a budget names layer {highest}; no model has more than {_LAYERS} layers.")
+        points = 1 + highest
     else:
-        points = len(given) if isinstance(given, list) else 1
+        points = len(given) if isinstance(given, (list, tuple)) else 1
     resolve(r, keep, max(points, 1))
 
 

@@ -86,7 +86,8 @@ class Signals:
         """
         for name in values:
             if name not in _NAMES:
-                raise UnknownNameError(f"unknown signal {name!r}.{did_you_mean(name, _NAMES)} Known: {', '.join(_NAMES)}.")
+                hint = did_you_mean(name, _NAMES)
+                raise UnknownNameError(f"unknown signal {name!r}.{hint} Known: {', '.join(_NAMES)}.")
         signals = cls({})
         signals._values.update({name: _wide(value) for name, value in values.items()})
         return signals

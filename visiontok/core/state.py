@@ -12,6 +12,8 @@ from torch import Tensor
 
 from visiontok.core.tokens import Fill, TokenMap, restore
 from visiontok.errors import ParameterError
+from visiontok.ops import merging
+from visiontok.ops.constants import wide_dtype
 
 __all__ = ["TokenState", "apply"]
 
@@ -95,10 +97,8 @@ class TokenState:
         """The origin as it was after the first `count` maps."""
         place: Tensor | None = None
         for assign in self.trail[:count]:
-            if place is None:
-                place = assign
-            else:
-                place = assign.gather(1, place.clamp_min(0)).masked_fill(place < 0, -1)
+            moved = assign if place is None else assign.gather(1, place.clamp_min(0))
+            place = moved if place is None else moved.masked_fill(place < 0, -1)
         if place is None:
             place = torch.arange(self.n0, device=self.device).expand(self.batch, self.n0)
         return place.int()
@@ -123,7 +123,8 @@ class TokenState:
         """Undoes every reduction so far: (B, N, C) to (B, N0, C). See `TokenMap.restore` for `fill`."""
         if not self.trail:
             return y
-        return restore(y, self.origin, fill, x=x)
+        live = self.size.squeeze(-1) > 0 if self.padded and self.size is not None else None
+        return restore(y, self.origin, fill, x=x, live=live, prefix=self.prefix)
 
     def to(self, device: torch.device) -> TokenState:
         """The same state with every tensor on `device`."""
@@ -170,13 +171,15 @@ class TokenState:
         }
         if tm.carry is not None:
             carry.update(tm.carry)
-        moved = tm.form != "identity"
+        moved, positions = tm.form != "identity", self.positions
+        if moved and positions is not None:
+            positions = merging.select(positions, tm.kept)
         return self.changed(
             n=tm.K,
             size=size,
             padded=self.padded or tm.counts is not None,
             grid=tm.grid if moved else self.grid,
-            positions=self.positions if self.positions is None or not moved else tm.reduce(self.positions, self.size),
+            positions=positions,
             carry=carry,
             stash=self.stash if tm.stash is None else tm.stash,
             memo=self.memo if tm.memo is None else {**self.memo, **tm.memo},
@@ -188,13 +191,15 @@ _FIELDS = tuple(TokenState.__dataclass_fields__)
 
 
 def _follow(value: Tensor, tm: TokenMap, rule: str) -> Tensor:
-    from visiontok.ops import merging
-
+    if rule not in ("sum", "any", "anchor"):
+        raise ParameterError(f"a carry rule must be sum, any or anchor, got {rule!r}.")
     if tm.form == "identity":
         return value
     if rule == "anchor":
         return merging.select(value, tm.kept)
-    flat = value.reshape(*value.shape[:2], -1).float()
+    # Doubles hold every integer that a count can reach.
+    wide = wide_dtype(value.dtype) if value.is_floating_point() or rule == "any" else torch.float64
+    flat = value.reshape(*value.shape[:2], math.prod(value.shape[2:])).to(wide)
     out = merging.segment_sum(flat, tm.assign, tm.K).reshape(value.shape[0], tm.K, *value.shape[2:])
     return out > 0 if rule == "any" else out.to(value.dtype)
 

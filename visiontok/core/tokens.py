@@ -68,7 +68,7 @@ class TokenMap:
     form: Form = "any"
 
     def __post_init__(self) -> None:
-        if self.form == "complete" and self.weight is None and self.mass is None:
+        if self.form == "complete" and self.mode == "mean" and self.plain:
             # Made by the core's own constructors in the hot path; everything else is checked.
             return
         if self.assign.dim() != 2:
@@ -86,6 +86,11 @@ class TokenMap:
         ):
             if value is not None and tuple(value.shape) != shape:
                 raise ParameterError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+
+    @property
+    def plain(self) -> bool:
+        """Whether values, sizes and restoring follow from `assign` alone."""
+        return self.weight is self.mass is self.counts is self.soft is self.back is None
 
     # ---- construction
 
@@ -202,12 +207,14 @@ class TokenMap:
         if self.mode == "amax":
             return merging.segment_max(x, self.assign, self.K)
         if self.mode == "absmax":
-            high, low = merging.segment_max(x, self.assign, self.K), -merging.segment_max(-x, self.assign, self.K)
+            high = merging.segment_max(x, self.assign, self.K)
+            low = -merging.segment_max(-x, self.assign, self.K)
             return torch.where(low.abs() > high.abs(), low, high)
         weight = self.weight if self.weight is not None else (None if size is None else size.squeeze(-1))
         complete = self.form == "complete"
         if self.mode == "sum":
-            return merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x)).to(x.dtype)
+            total = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x))
+            return total.to(x.dtype)
         known = total if self.weight is None and self.mass is None and self.counts is None else None
         weight = self._share(x, weight, complete, known)
         mean = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x))
@@ -242,8 +249,8 @@ class TokenMap:
 
         Args:
             y: (B, K, C).
-            fill: What a dropped token gets: `zero`, `mean` (of all slots), `self` (its own value in `x`) or `nearest`
-                (the slot whose anchor is closest in sequence order).
+            fill: What a dropped token gets: `zero`, `mean` (of all live slots), `self` (its own value in `x`) or
+                `nearest` (the slot of the closest token in sequence order that has one).
             x: (B, N, C) the tokens before reduction, for `fill="self"`.
 
         Returns:
@@ -254,7 +261,7 @@ class TokenMap:
         """
         if self.back is not None:
             return (self.back.to(wide_dtype(y.dtype)) @ y.to(wide_dtype(y.dtype))).to(y.dtype)
-        return restore(y, self.assign, fill, x=x)
+        return restore(y, self.assign, fill, x=x, live=self.live)
 
     # ---- composition
 
@@ -265,7 +272,7 @@ class TokenMap:
         size-weighted means is the size-weighted mean of all) or were chained explicitly; other modes and soft maps
         keep the later map's mode and are a composition of places only.
         """
-        if earlier.K != self.assign.shape[1]:
+        if self.assign.shape[1] != earlier.K:
             raise ParameterError(f"maps do not chain: earlier has {earlier.K} slots, later takes {self.assign.shape[1]}.")
         inner = earlier.assign
         assign = self.assign.gather(1, inner.clamp_min(0)).masked_fill(inner < 0, -1)
@@ -273,6 +280,12 @@ class TokenMap:
         if self.weight is not None:
             later = self.weight.gather(1, inner.clamp_min(0))
             weight = later if weight is None else weight * later
+        mass = earlier.mass
+        if self.mass is not None:
+            # A slot's mass in equal parts to its tokens: only their sum matters.
+            ones = torch.ones_like(inner, dtype=self.mass.dtype)
+            members = merging.segment_count(ones, inner, earlier.K).clamp_min(1)
+            mass = (self.mass / members).gather(1, inner.clamp_min(0))
         anchor = earlier.kept.gather(1, self.kept)
         kinds = {earlier.form, self.form}
         form: Form = "any"
@@ -281,8 +294,9 @@ class TokenMap:
         elif kinds <= {"identity", "complete"}:
             form = "complete"
         return TokenMap(
-            assign, self.K, weight=weight, mode=self.mode, anchor=anchor, counts=self.counts, grid=self.grid, form=form
-        )
+            assign, self.K, weight=weight, mode=self.mode, mass=mass, anchor=anchor, counts=self.counts, grid=self.grid,
+            form=form,
+        )  # fmt: skip
 
     def then(self, later: TokenMap) -> TokenMap:
         """`later.after(self)`."""
@@ -307,16 +321,21 @@ class TokenMap:
         if total is not None:
             part = total.squeeze(-1).gather(1, index)
             # Sizes are at least one but for padding, whose share must not become 0 / 0.
-            return part.reciprocal_() if weight is None else weight / part.clamp_min_(_TINY)
-        weight = self._ones(wide) if weight is None else weight.to(wide)
-        total = merging.segment_count(weight, self.assign, self.K, complete=complete)
-        return weight / total.clamp_min(_TINY).gather(1, index)
+            share = part.reciprocal_() if weight is None else weight / part.clamp_min_(_TINY)
+        else:
+            weight = self._ones(wide) if weight is None else weight.to(wide)
+            total = merging.segment_count(weight, self.assign, self.K, complete=complete)
+            share = weight / total.clamp_min(_TINY).gather(1, index)
+        # A dropped token has no slot; a share of infinity in an empty one would make its gradient NaN.
+        return share if complete else share.masked_fill(self.assign < 0, 0)
 
     def _rescaled(self, mean: Tensor, x: Tensor) -> Tensor:
-        norms = merging.segment_max(x.norm(dim=-1, keepdim=True), self.assign, self.K)
+        # Norms of half-precision tokens may exceed half precision although the result does not.
+        wide = wide_dtype(x.dtype)
+        norms = merging.segment_max(torch.linalg.vector_norm(x.to(wide), dim=-1, keepdim=True), self.assign, self.K)
         alone = merging.segment_count(self._ones(torch.float32), self.assign, self.K).unsqueeze(-1) == 1
-        length = mean.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
-        return torch.where(alone, mean, mean / length * norms)
+        length = torch.linalg.vector_norm(mean.to(wide), dim=-1, keepdim=True).clamp_min(_TINY)
+        return torch.where(alone, mean, (mean / length * norms).to(x.dtype))
 
     def _masked(self, size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         live = self.live
@@ -334,7 +353,10 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
     return torch.cat((lead, index), dim=1)
 
 
-def restore(y: Tensor, assign: Tensor, fill: Fill = "zero", *, x: Tensor | None = None) -> Tensor:
+def restore(
+    y: Tensor, assign: Tensor, fill: Fill = "zero", *, x: Tensor | None = None, live: Tensor | None = None,
+    prefix: int = 0,
+) -> Tensor:  # fmt: skip
     """Full-length tokens from slots for any assignment, one map or many composed ones.
 
     Args:
@@ -342,6 +364,8 @@ def restore(y: Tensor, assign: Tensor, fill: Fill = "zero", *, x: Tensor | None 
         assign: (B, N) integer slot of each token, -1 dropped.
         fill: `zero`, `mean`, `self`, `nearest`.
         x: (B, N, C) for `self`.
+        live: (B, K) bool, the slots that `mean` averages; None for all.
+        prefix: Leading tokens that are no neighbours of the others for `nearest`.
 
     Returns:
         (B, N, C).
@@ -350,14 +374,21 @@ def restore(y: Tensor, assign: Tensor, fill: Fill = "zero", *, x: Tensor | None 
         raise ParameterError(f"fill must be zero, mean, self or nearest, got {fill!r}.")
     assign = assign.long()
     if fill == "nearest":
-        return merging.spread(y, _nearest(assign))
+        return merging.spread(y, torch.cat((assign[:, :prefix], _nearest(assign[:, prefix:])), dim=1))
     full = merging.spread(y, assign)
     if fill == "zero":
         return full
     if fill == "self" and x is None:
         raise ParameterError("fill='self' needs x, the (B, N, C) tokens before the reduction.")
-    other = y.mean(dim=1, keepdim=True) if x is None or fill == "mean" else x
+    other = _mean(y, live) if x is None or fill == "mean" else x
     return torch.where((assign < 0).unsqueeze(-1), other.to(full.dtype), full)
+
+
+def _mean(y: Tensor, live: Tensor | None) -> Tensor:
+    if live is None:
+        return y.mean(dim=1, keepdim=True)
+    total = y.masked_fill(~live.unsqueeze(-1), 0).sum(dim=1, keepdim=True, dtype=wide_dtype(y.dtype))
+    return total / live.sum(dim=1).clamp_min(1).view(-1, 1, 1)
 
 
 def _nearest(assign: Tensor) -> Tensor:

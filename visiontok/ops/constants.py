@@ -21,7 +21,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def arange_rows(rows: int, count: int, device: torch.device, start: int = 0) -> Tensor:
     """(rows, count) int64, each row start … start + count - 1. Shared: never write to it."""
-    if dispatch.tracing() or not (isinstance(rows, int) and isinstance(count, int)):
+    if not dispatch.cacheable() or not (isinstance(rows, int) and isinstance(count, int)):
         return torch.arange(start, start + count, device=device).repeat(rows, 1)
     return _arange_rows(rows, count, device, start)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visiontok.errors import UnknownNameError
 
-__all__ = ["Choice", "Op", "report", "tracing", "use"]
+__all__ = ["Choice", "Op", "cacheable", "report", "tracing", "use"]
 
 _log = logging.getLogger("visiontok.dispatch")
 
@@ -41,7 +41,13 @@ class _Implementation:
 
 def tracing() -> bool:
     """True while torch.compile, torch.export, the ONNX exporter or jit.trace records the call."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def cacheable() -> bool:
+    """True if a tensor made now is an ordinary one that later calls may share: no tracing, no fake tensors."""
+    # Under FakeTensorMode and its like a cached tensor would be a fake that poisons every real call after it.
+    return not tracing() and torch._C._len_torch_dispatch_stack() == 0
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visiontok.errors import ParameterError
 from visiontok.ops import dispatch
-from visiontok.ops.constants import arange_rows, wide_dtype
+from visiontok.ops.constants import arange_rows
 from visiontok.ops.ordering import stable_order
 
 __all__ = ["Match", "alternate", "best_match", "bipartite", "even_odd", "even_odd_slots", "every_kth", "halves", "unit"]
@@ -99,8 +99,12 @@ def even_odd(metric: Tensor, r: int, prefix: int = 0) -> Match:
         prefix: Leading tokens to protect.
     """
     r = max(min(r, (metric.shape[1] - prefix) // 2), 0)
-    rows = unit(metric)
     place = torch.arange(metric.shape[1], device=metric.device)
+    if r == 0:
+        # Nothing merges, so every token keeps its place.
+        none = place.new_empty(metric.shape[0], 0)
+        return Match(none, none, place[prefix:].expand(metric.shape[0], -1))
+    rows = unit(metric)
     first_a, first_b = _parity(prefix)
     a, b = place[first_a::2], place[first_b::2]
     return bipartite(rows[:, first_a::2], rows[:, first_b::2], a, b, r, ascending=prefix > 0)
@@ -138,7 +142,7 @@ def even_odd_slots(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Ten
 
 def _template(batch: int, length: int, count: int, prefix: int, device: torch.device) -> Tensor:
     # What does not depend on the match: slots of prefix and b, and the start of a's slots.
-    if dispatch.tracing():
+    if not dispatch.cacheable():
         return _make_template(batch, length, count, prefix, device)
     return _cached_template(batch, length, count, prefix, device)
 

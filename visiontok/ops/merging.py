@@ -1,7 +1,7 @@
 """Moving tokens into slots: segment sums, maxima, selections, and the grouping (CSR) they share.
 
-Every function takes `assign (B, N) int64`, the slot of each token in `[0, K)` or -1 for a dropped token. Sums accumulate
-in at least fp32. Nothing here sorts tokens by value, syncs with the host or has data-dependent shapes.
+Every function takes `assign (B, N) int64`, the slot of each token in `[0, K)` or -1 for a dropped token. Sums
+accumulate in at least fp32. Nothing here sorts tokens by value, syncs with the host or has data-dependent shapes.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _segment_sum_index_add(
     index = index + _starts(batch, slots, x.device)
     rows = x.to(wide_dtype(x.dtype))
     if weight is not None:
-        rows = rows * weight.unsqueeze(-1)
+        rows = rows * weight.to(rows.dtype).unsqueeze(-1)
     out = rows.new_zeros(batch * slots, channels).index_add(0, index.flatten(), rows.reshape(batch * length, channels))
     return out.view(batch, slots, channels)[:, :num_slots]
 

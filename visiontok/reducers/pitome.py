@@ -108,9 +108,19 @@ class PiToMe(Reducer):
         for name, value, known in (("kind", self.kind, _KINDS), ("metric", self.metric, ("key", "hidden"))):
             if value is not None and value not in known:
                 raise ParameterError(f"pitome: {name} must be one of {', '.join(known)}, got {value!r}.")
-        if self.ratio is not None and not (isinstance(self.ratio, (int, float)) and 0 < self.ratio <= 1):
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        if self.ratio is not None and not (number and 0 < self.ratio <= 1):
             raise ParameterError(f"pitome: ratio must be in (0, 1] (share of tokens kept), got {self.ratio!r}.")
+        margins = self.margin if isinstance(self.margin, (list, tuple)) else [self.margin or 0.0]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in margins):
+            raise ParameterError(f"pitome: margin must be a number or a list with one per layer, got {self.margin!r}.")
+        if self.kind == "text" and self.margin is not None and not self._margins_below_one():
+            raise ParameterError(f"pitome: the text energy needs margins below 1, got {self.margin!r}.")
         super().__post_init__()
+
+    def _margins_below_one(self) -> bool:
+        margins = self.margin if isinstance(self.margin, (list, tuple)) else [self.margin]
+        return all(margin < 1 for margin in margins)
 
     @property
     def _preset(self) -> _Preset:

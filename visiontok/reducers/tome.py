@@ -50,8 +50,9 @@ class ToMe(Reducer):
             "Which tokens meet depends on their position parity, so a permutation of tokens changes the result.",
             "Dense heads need restore.",
         ),
-        official="drops LayerScale, q/k-norm and gates, protects index 0 only, pools unweighted (timm patch) or by size "
-        "(MAE patch), cuts longer lists; here all prefix tokens stay, pools are size-weighted, longer lists are errors.",
+        official="drops LayerScale, q/k-norm and gates, protects index 0 only, pools unweighted (timm patch) or by "
+        "size (MAE patch), cuts longer lists; here all prefix tokens stay, pools are size-weighted, longer lists are "
+        "errors.",
     )
 
     prop_attn: bool = True
@@ -77,7 +78,7 @@ class ToMe(Reducer):
 
 @dataclass(frozen=True)
 class ToMeKth(Reducer):
-    """ToMe's k-th variant: of each group of k tokens the last one stays, all others merge into their best match.
+    """ToMe's k-th variant (arXiv:2210.09461): the last token of each k stays, all others join their best match.
 
     Args:
         k: Group length, at least 2; N // k tokens remain.
