@@ -199,9 +199,10 @@ def resolve_target(model: Any) -> tuple[nn.Module, Backbone]:
     if not isinstance(model, nn.Module):
         raise ParameterError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     wrapper = type(model).__name__
-    if wrapper in ("DataParallel", "DistributedDataParallel"):
-        advice = "DataParallel is not supported, use DDP" if wrapper == "DataParallel" else "patch before wrapping"
-        raise IncompatibleError(f"the model is wrapped in {wrapper}: {advice} (patch model.module, then wrap it).")
+    parallel = {type(module).__name__ for module in model.modules()} & {"DataParallel", "DistributedDataParallel"}
+    for kind in sorted(parallel):
+        advice = "DataParallel is not supported, use DDP" if kind == "DataParallel" else "patch before wrapping"
+        raise IncompatibleError(f"the model is wrapped in {kind}: {advice} (patch model.module, then wrap it).")
     if isinstance(model, (ScriptModule, OptimizedModule)):
         kind = "a compiled TorchScript module" if isinstance(model, ScriptModule) else "the result of torch.compile"
         advice = "patch the eager model" if isinstance(model, ScriptModule) else "patch the model that you compiled"

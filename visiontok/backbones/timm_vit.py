@@ -100,8 +100,8 @@ class PatchedBlock:
         if masked:
             given = "attn_mask" if attn_mask is not None else "is_causal"
             raise IncompatibleError(
-                f"block {stage.layer}: {given} was given but tokens are merged or dropped here, so its rows and columns "
-                "no longer name the same tokens; call without it, or patch with no reduction up to this block."
+                f"block {stage.layer}: {given} was given but tokens are merged or dropped here, so its rows and "
+                "columns no longer name the same tokens; call without it, or patch with no reduction up to this block."
             )
         y, state, offered = self._visiontok_run(x, state, stage)
         return stage.leave(y, state, offered)
@@ -207,9 +207,8 @@ class PatchedViT:
         fill = self._visiontok.restore_fill or ("nearest" if output_fmt == "NCHW" else None)
         call = super().forward_intermediates  # type: ignore[misc]
         if fill is None or output_fmt not in ("NCHW", "NLC"):
-            return call(
-                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict, **kwargs
-            )
+            plain = (indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict)
+            return call(x, *plain, **kwargs)
         final, taken = call(x, indices, True, norm, stop_early, "NLC", False, **kwargs)
         state = state_of(final)
         pairs = taken if self.num_prefix_tokens else [(spatial, None) for spatial in taken]

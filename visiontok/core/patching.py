@@ -72,7 +72,8 @@ def check(swaps: Sequence[Swap]) -> None:
         where = path or type(module).__name__
         if id(module) in seen:
             raise IncompatibleError(
-                f"{seen[id(module)]} and {where} are the same module; each place needs a module of its own to be patched."
+                f"{seen[id(module)]} and {where} are the same module; each place needs a module of its own to be "
+                "patched."
             )
         seen[id(module)] = where
         if is_patched(module):
@@ -125,8 +126,8 @@ def remove(modules: Sequence[nn.Module]) -> None:
 
 
 def _swap(module: nn.Module, cls: type) -> None:
-    # accelerate leaves the class's forward, bound, on the instance: as `_old_forward` while its hook is on, as `forward`
-    # once the hook was removed.
+    # accelerate leaves the class's forward, bound, on the instance: as `_old_forward` while its hook is on, as
+    # `forward` once the hook was removed.
     bound = [name for name in ("forward", "_old_forward") if _is_own(module, vars(module).get(name))]
     module.__class__ = cls
     for name in bound:

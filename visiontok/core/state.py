@@ -222,6 +222,8 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     for stream in streams:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
+    if len(streams) > 1 and merging.uses_groups(streams[0]):
+        tm.share_groups()
     size = tm.sizes(state.size, streams[0].dtype)
     reduced = tuple(tm.reduce(stream, state.size, size) for stream in streams)
     return (reduced if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)

@@ -155,6 +155,10 @@ class TokenMap:
             object.__setattr__(self, "_groups", cached)
         return cached
 
+    def share_groups(self) -> None:
+        """Derives the grouping now, so that several streams use one."""
+        _ = self.groups
+
     @property
     def csr(self) -> Tensor:
         """(B, K + 1) int64 bounds of each slot in `src`."""
@@ -213,11 +217,11 @@ class TokenMap:
         weight = self.weight if self.weight is not None else (None if size is None else size.squeeze(-1))
         complete = self.form == "complete"
         if self.mode == "sum":
-            total = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x))
+            total = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._grouped)
             return total.to(x.dtype)
         known = total if self.weight is None and self.mass is None and self.counts is None else None
         weight = self._share(x, weight, complete, known)
-        mean = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._bags(x))
+        mean = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._grouped)
         mean = mean if mean.dtype == x.dtype else mean.to(x.dtype)
         return mean if self.mode == "mean" else self._rescaled(mean, x)
 
@@ -273,7 +277,8 @@ class TokenMap:
         keep the later map's mode and are a composition of places only.
         """
         if self.assign.shape[1] != earlier.K:
-            raise ParameterError(f"maps do not chain: earlier has {earlier.K} slots, later takes {self.assign.shape[1]}.")
+            taken = self.assign.shape[1]
+            raise ParameterError(f"maps do not chain: earlier has {earlier.K} slots, later takes {taken}.")
         inner = earlier.assign
         assign = self.assign.gather(1, inner.clamp_min(0)).masked_fill(inner < 0, -1)
         weight = earlier.weight
@@ -309,8 +314,10 @@ class TokenMap:
 
     # ---- helpers
 
-    def _bags(self, x: Tensor) -> merging.Groups | None:
-        return self.groups if merging.uses_groups(x) else None
+    @property
+    def _grouped(self) -> merging.Groups | None:
+        # Only if it was derived already: a single stream is grouped where it is summed, if at all.
+        return self.__dict__.get("_groups")
 
     def _ones(self, dtype: torch.dtype) -> Tensor:
         return torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
@@ -392,7 +399,7 @@ def _mean(y: Tensor, live: Tensor | None) -> Tensor:
 
 
 def _nearest(assign: Tensor) -> Tensor:
-    # The closest kept token on either side in sequence order, the left one on a tie; running maxima, no N x N distances.
+    # The closest kept token on either side in sequence order, the left one on a tie; running maxima, no N x N matrix.
     length = assign.shape[1]
     place = torch.arange(length, device=assign.device).expand_as(assign)
     kept = assign >= 0
