@@ -14,9 +14,9 @@ from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_clas
 from visiontok.core.runtime import Stage, carry_state, hint_grid, state_of
 from visiontok.core.signals import Signal, Site
 from visiontok.core.state import TokenState
-from visiontok.core.tokens import restore
 from visiontok.errors import IncompatibleError
 from visiontok.ops.constants import wide_dtype
+from visiontok.ops.restoring import restore
 
 __all__ = ["TimmViT"]
 

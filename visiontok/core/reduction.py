@@ -15,8 +15,8 @@ from visiontok.core.plan import Plan, bind
 from visiontok.core.reducer import Reducer
 from visiontok.core.runtime import Chain, LayerTrace, Stage, Step
 from visiontok.core.signals import Site
-from visiontok.core.tokens import Fill
 from visiontok.errors import NotPatchedError, ParameterError
+from visiontok.ops.restoring import Fill
 
 __all__ = ["Reduction", "Report"]
 

@@ -139,7 +139,9 @@ def _recomputing() -> bool:
 
 def state_of(x: Tensor) -> TokenState | None:
     """The state that travels with a tensor, or None."""
-    return getattr(x, _STATE, None)
+    state = getattr(x, _STATE, None)
+    # A tensor that was saved and loaded carries an empty stand-in.
+    return state if isinstance(state, TokenState) else None
 
 
 def carry_state(source: Tensor, target: Tensor) -> Tensor:
@@ -200,7 +202,7 @@ class Stage:
         """
         if self.layer == 0:
             return self._open(x)
-        state = getattr(x, _STATE, None)
+        state = state_of(x)
         if state is None and not torch.compiler.is_compiling():
             state = self.chain.recovered(x, self.layer)
         if state is None or state.layer != self.layer or (state.batch, state.n) != tuple(x.shape[:2]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visiontok.core.tokens import Fill, TokenMap, restore
+from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
 from visiontok.ops import merging
 from visiontok.ops.constants import wide_dtype
+from visiontok.ops.restoring import Fill, restore
 
 __all__ = ["TokenState", "apply"]
 
@@ -82,6 +84,13 @@ class TokenState:
         if grid is not None and grid[0] * grid[1] != length - prefix:
             raise ParameterError(f"grid {grid} does not hold the {length - prefix} non-prefix tokens.")
         return cls(batch=batch, n=length, n0=length, device=x.device, prefix=prefix, grid=grid, **fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Saved features must load with weights_only=True, which knows no class of ours: a state ends with its tensor.
+        return (OrderedDict, ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenState:
+        return self
 
     @property
     def items(self) -> int:

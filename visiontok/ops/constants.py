@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from visiontok.ops import dispatch
 
-__all__ = ["arange_rows", "wide_dtype"]
+__all__ = ["arange_row", "shape_constant", "wide_dtype"]
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32}
 
@@ -19,15 +21,23 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return _WIDE.get(dtype) or torch.promote_types(dtype, torch.float32)
 
 
-def arange_rows(rows: int, count: int, device: torch.device, start: int = 0) -> Tensor:
-    """(rows, count) int64, each row start … start + count - 1. Shared: never write to it."""
-    if not dispatch.cacheable() or not (isinstance(rows, int) and isinstance(count, int)):
-        return torch.arange(start, start + count, device=device).repeat(rows, 1)
-    return _arange_rows(rows, count, device, start)
+def shape_constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a function of ints and a device return one shared tensor per argument list. Never write to the result."""
+
+    @functools.lru_cache(maxsize=1024)
+    def shared(*key: Any) -> Tensor:
+        # A tensor made in inference mode could not be used outside it.
+        with torch.inference_mode(False):
+            return make(*key)
+
+    @functools.wraps(make)
+    def get(*key: Any) -> Tensor:
+        return shared(*key) if dispatch.cacheable() else make(*key)
+
+    return get
 
 
-@functools.lru_cache(maxsize=1024)
-def _arange_rows(rows: int, count: int, device: torch.device, start: int) -> Tensor:
-    # A tensor made in inference mode could not be used outside it.
-    with torch.inference_mode(False):
-        return torch.arange(start, start + count, device=device).repeat(rows, 1)
+@shape_constant
+def arange_row(start: int, stop: int, device: torch.device) -> Tensor:
+    """(1, stop - start) int64: start … stop - 1. Shared: never write to it."""
+    return torch.arange(start, stop, device=device).unsqueeze(0)

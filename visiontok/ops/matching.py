@@ -6,15 +6,13 @@ depend on device or thread count. A zero vector has similarity 0 to everything. 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from visiontok.errors import ParameterError
-from visiontok.ops import dispatch
-from visiontok.ops.constants import arange_rows
+from visiontok.ops.constants import arange_row, shape_constant, wide_dtype
 from visiontok.ops.ordering import stable_order
 
 __all__ = ["Match", "alternate", "best_match", "bipartite", "even_odd", "even_odd_slots", "every_kth", "halves", "unit"]
@@ -44,7 +42,8 @@ def unit(metric: Tensor) -> Tensor:
     Args:
         metric: (B, N, d).
     """
-    rows = metric.to(torch.promote_types(metric.dtype, torch.float32))
+    wide = wide_dtype(metric.dtype)
+    rows = metric if metric.dtype == wide else metric.to(wide)
     return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(_TINY)
 
 
@@ -131,36 +130,24 @@ def even_odd_slots(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Ten
         # Ascending order of the unmerged: a token's slot is the number of unmerged ones up to it.
         slot = torch.ones_like(ranked).scatter_(1, leaving, 0).cumsum_(dim=1)
     else:
-        places = arange_rows(batch, count, metric.device, start=1)
+        places = arange_row(1, count + 1, metric.device).expand(batch, -1)
         slot = torch.empty_like(ranked).scatter_(1, ranked[:, r:], places)
     slot.scatter_(1, leaving, partner.gather(1, leaving).add_(count + 1))
     # Slots: prefix, unmerged tokens of a, then b in order. `slot` counts from one, hence the shift.
-    assign = _template(batch, length, count, prefix, metric.device).clone()
+    assign = _template(length, count, prefix, metric.device).repeat(batch, 1)
     assign[:, first_a::2] += slot
     return assign, leaving * 2 + first_a
 
 
-def _template(batch: int, length: int, count: int, prefix: int, device: torch.device) -> Tensor:
-    # What does not depend on the match: slots of prefix and b, and the start of a's slots.
-    if not dispatch.cacheable():
-        return _make_template(batch, length, count, prefix, device)
-    return _cached_template(batch, length, count, prefix, device)
-
-
-def _make_template(batch: int, length: int, count: int, prefix: int, device: torch.device) -> Tensor:
+@shape_constant
+def _template(length: int, count: int, prefix: int, device: torch.device) -> Tensor:
+    # (1, N), what does not depend on the match: slots of prefix and b, and the start of a's slots.
     first_a, first_b = _parity(prefix)
     row = torch.arange(length, device=device)
     place = (row - first_b).div(2, rounding_mode="floor") + prefix + count
     place = torch.where(row < prefix, row, place)
     place = torch.where((row >= first_a) & ((row - first_a) % 2 == 0), prefix - 1, place)
-    return place.repeat(batch, 1)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_template(batch: int, length: int, count: int, prefix: int, device: torch.device) -> Tensor:
-    # A tensor made in inference mode could not be used outside it.
-    with torch.inference_mode(False):
-        return _make_template(batch, length, count, prefix, device)
+    return place.unsqueeze(0)
 
 
 def _parity(prefix: int) -> tuple[int, int]:

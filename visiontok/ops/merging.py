@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visiontok.ops import dispatch
-from visiontok.ops.constants import arange_rows, wide_dtype
+from visiontok.ops.constants import arange_row, wide_dtype
 
 __all__ = ["Groups", "group", "segment_count", "segment_max", "segment_sum", "select", "spread"]
 
@@ -39,7 +39,9 @@ def group(assign: Tensor, num_slots: int, *, complete: bool = False) -> Groups:
     """
     slots = assign if complete else torch.where(assign < 0, num_slots, assign)
     ordered, src = slots.sort(dim=1, stable=True)
-    bounds = arange_rows(assign.shape[0], num_slots + 1, assign.device)
+    bounds = arange_row(0, num_slots + 1, assign.device)
+    if assign.shape[0] != 1:
+        bounds = bounds.repeat(assign.shape[0], 1)
     return Groups(torch.searchsorted(ordered, bounds), src)
 
 
@@ -136,7 +138,7 @@ def _bag_sum(rows: Tensor, weight: Tensor | None, csr: Tensor, src: Tensor, comp
 
 def _starts(batch: int, length: int, device: torch.device) -> Tensor:
     # (B, 1) position of each sample's first token in the flattened batch.
-    return arange_rows(1, batch, device).t() * length
+    return arange_row(0, batch, device).t() * length
 
 
 class _BagSum(torch.autograd.Function):

@@ -107,6 +107,8 @@ class ToMeKth(Reducer):
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 2:
             raise ParameterError(f"tome_kth: k must be an int >= 2, got {self.k!r}.")
+        if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0:
+            raise ParameterError(f"tome_kth: layer must be an int >= 0, got {self.layer!r}.")
         given = [name for name in ("r", "keep", "gflops", "tokens") if getattr(self, name) is not None]
         if given:
             raise ParameterError(f"tome_kth takes no {given[0]}; its budget is k={self.k}.")
