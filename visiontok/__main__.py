@@ -1,0 +1,6 @@
+"""`python -m visiontok`."""
+
+from visiontok.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,195 @@
+"""Models by name for the command line and for trials: the embedded ones and timm's."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontok.errors import (
+    FormatError,
+    MissingDependencyError,
+    ParameterError,
+    UnknownNameError,
+    VisionTokError,
+    did_you_mean,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from visiontok.bench.data import Transform
+
+DEFAULT_MODEL = "tiny_vit"
+DEFAULT_SMALLER = "tiny_vit_small_dense"
+EMBEDDED = (DEFAULT_MODEL, DEFAULT_SMALLER)
+SIZES = ("tiny", "small", "base", "large", "huge")
+
+
+def load(
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    input_size: Sequence[int] | None = None,
+    seed: int = 42,
+) -> nn.Module:
+    """Builds a model in eval mode.
+
+    Args:
+        name: an embedded model or a timm name, with or without a `.tag`.
+        pretrained: load timm's weights (needs the network or timm's cache); embedded models always have theirs.
+        checkpoint: weights to load instead, `.safetensors`, or a `.pth` that is read as tensors only.
+        input_size: `(C, H, W)`, None for the model's own.
+        seed: seed of the weights where none are loaded.
+
+    Raises:
+        UnknownNameError: neither embedded nor known to timm.
+        ParameterError: the model cannot take that input size.
+        FormatError: the checkpoint does not fit or holds more than tensors.
+        MissingDependencyError: timm is not installed.
+        VisionTokError: the weights cannot be fetched.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _embedded(name, input_size) if name in EMBEDDED else _timm(name, pretrained, checkpoint, input_size)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model.eval()
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """`(C, H, W)` that a model expects."""
+    embed: Any = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224))
+    return (channels, int(size[0]), int(size[1])) if size is not None else (channels, height, width)
+
+
+def transform(model: nn.Module, name: str, size: Sequence[int] | None = None) -> Transform:
+    """The evaluation transform of a model: its own for embedded ones, else from timm's configuration.
+
+    Args:
+        model: as `load` returns it.
+        name: its name.
+        size: `(C, H, W)`, None for the model's own.
+    """
+    if name in EMBEDDED:
+        from visiontok.models.tiny import tiny_transform
+
+        return tiny_transform()
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config = resolve_data_config({"input_size": tuple(size or input_size(model))}, model=model)
+    return create_transform(**config)  # pyright: ignore[reportReturnType]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Embedded models and timm's (if installed) that match a shell pattern."""
+    names = [name for name in EMBEDDED if fnmatch.fnmatch(name, pattern)]
+    try:
+        import timm
+    except ImportError:
+        return names
+    return names + timm.list_models(pattern)
+
+
+def smaller_sibling(name: str) -> str | None:
+    """The next smaller dense model of the same family, by name; None where there is none.
+
+    `deit_small_patch16_224` -> `deit_tiny_patch16_224`. A `.tag` is kept if the sibling was trained with it too.
+    """
+    if name == DEFAULT_MODEL:
+        return DEFAULT_SMALLER
+    if name in EMBEDDED:
+        return None
+    import timm
+
+    base, _, tag = name.partition(".")
+    match = re.search(rf"_({'|'.join(SIZES)})(?=_|\d|$)", base)
+    if match is None:
+        return None
+    for size in reversed(SIZES[: SIZES.index(match[1])]):
+        sibling = f"{base[: match.start()]}_{size}{base[match.end() :]}"
+        if timm.is_model(sibling):
+            tagged = f"{sibling}.{tag}"
+            return tagged if tag and tagged in timm.list_pretrained(f"{sibling}.*") else sibling
+    return None
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads weights strictly; pickles are read as tensors only, never executed.
+
+    Raises:
+        ParameterError: no such file.
+        FormatError: not a checkpoint of this model, or it holds more than tensors.
+    """
+    import torch
+
+    file = Path(path)
+    if not file.is_file():
+        raise ParameterError(f"checkpoint '{file}' does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # safetensors and the unpickler raise kinds of their own; all mean that the file cannot be trusted or read.
+        raise FormatError(
+            f"checkpoint '{file}' cannot be read as tensors only: {str(error).splitlines()[0]} "
+            "Convert a checkpoint that you trust to safetensors"
+        ) from error
+    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    try:
+        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
+    except (RuntimeError, AttributeError) as error:
+        raise FormatError(f"checkpoint '{file}' does not fit {type(model).__name__}: {error}") from error
+
+
+def _embedded(name: str, size: Sequence[int] | None) -> nn.Module:
+    from visiontok.models.tiny import INPUT_SIZE, TINY_MODELS
+
+    if size is not None and tuple(size) != INPUT_SIZE:
+        raise ParameterError(f"{name} takes {INPUT_SIZE} images only, got {tuple(size)}; leave out --img-size")
+    return TINY_MODELS[name](True)
+
+
+def _timm(name: str, pretrained: bool, checkpoint: str | Path | None, size: Sequence[int] | None) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError(f"model '{name}' needs timm: pip install 'visiontok[timm]'") from error
+    if not timm.is_model(name):
+        close = did_you_mean(name, [*EMBEDDED, *timm.list_models()])
+        raise UnknownNameError(f"unknown model '{name}'.{close} List them with: visiontok list models 'deit*'")
+    options: dict[str, Any] = {}
+    if size is not None:
+        # A model that keeps its own size is better served without the argument: not every family takes it.
+        default = timm.get_pretrained_cfg(name)
+        if default is None or tuple(default.input_size) != tuple(size):
+            options["img_size"] = tuple(size[1:]) if size[1] != size[2] else size[1]
+        if size[0] != 3:
+            options["in_chans"] = size[0]
+    try:
+        return timm.create_model(name, pretrained=pretrained and checkpoint is None, **options)
+    except (TypeError, AssertionError) as error:
+        raise ParameterError(f"timm cannot build '{name}' with {options}: {error}") from error
+    except OSError as error:
+        raise VisionTokError(
+            f"the weights of '{name}' cannot be fetched: {str(error).splitlines()[0]} "
+            "Without a network, pass a file with --checkpoint"
+        ) from error
+    except RuntimeError as error:
+        raise ParameterError(f"timm cannot load '{name}' (pretrained={pretrained}): {error}") from error

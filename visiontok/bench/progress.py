@@ -1,0 +1,12 @@
+"""Progress bars that stay out of logs."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm.auto import tqdm
+
+
+def bar(total: int, label: str, quiet: bool = False) -> tqdm:
+    """A progress bar on standard error; off under `quiet` and where standard error is no terminal."""
+    return tqdm(total=total, desc=label, disable=quiet or not sys.stderr.isatty(), leave=False, dynamic_ncols=True)

@@ -1,0 +1,89 @@
+"""Times a reduced model against the unreduced one and the free-slice oracle, in turns.
+
+  visiontok bench --reducer tome --r 5 --threads 1
+  visiontok bench -m deit_small_patch16_224 --reducer tome --r 13 -b 16 --threads 1
+
+S = T(unreduced) / T(reduced); E_total = S / (ratio of MACs), E_hw = the same for the oracle, which slices x[:, :K]
+for free, E_method = S / S_oracle. Where the intervals overlap no speed-up is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from visiontok.cli import options, output
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    options.add_model(parser)
+    options.add_reducer(parser)
+    options.add_run(parser)
+    options.add_output(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark."""
+    from visiontok.bench.trial import run_trial
+
+    spec = options.spec(args, data="none")
+    if args.dry_run:
+        from visiontok.cli.plan import print_plan
+
+        return print_plan(spec)
+    row = run_trial(spec, quiet=args.quiet)
+    output.say(args, describe(row))
+    output.write_results(args, [row])
+    output.result_line(row)
+    return 0
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """The result for people."""
+    from visiontok.bench.table import label, speedup_text
+
+    clock = {"process": "CPU time", "wall": "wall time", "cuda": "GPU events"}[row["clock"]]
+    lines = [
+        ("trial", label(row)),
+        ("device", f"{row['device']}, {row['threads']} thread(s), {row['dtype']}, batch {row['batch_size']}"),
+        ("timing", f"{clock}, {row['rounds']} interleaved rounds"),
+        ("unreduced", _times(row, "reference") + f"  {row['gmacs_base']:.4g} GMACs"),
+    ]
+    if row["role"] != "unreduced":
+        lines += [
+            ("reduced", _times(row, "latency") + f"  {row['gmacs']:.4g} GMACs, {row['images_per_s']:.4g} images/s"),
+            ("speed-up", _verdict(speedup_text(row), row)),
+            ("efficiency", _efficiencies(row)),
+        ]
+    if row.get("batch_decay"):
+        lines.append(("memory", f"batch {', '.join(map(str, row['batch_decay']))} did not fit"))
+    if row.get("launch_bound"):
+        lines.append(("warning", LAUNCH_BOUND))
+    return output.pairs(lines)
+
+
+LAUNCH_BOUND = (
+    "launch-bound: queueing kernels takes as long as running them, so fewer tokens cannot help; "
+    "raise --batch-size or use --torchcompile"
+)
+
+
+def _times(row: Mapping[str, Any], name: str) -> str:
+    low, middle, high = (row[f"{name}_ms_{quantile}"] for quantile in ("p20", "p50", "p80"))
+    return f"{middle:.3f} ms [p20 {low:.3f}, p80 {high:.3f}]"
+
+
+def _verdict(text: str, row: Mapping[str, Any]) -> str:
+    if text == "=":
+        return "= (the p20-p80 intervals overlap: no difference that this run could tell)"
+    return f"{text}, ideal {row['ideal_speedup']:.2f}x"
+
+
+def _efficiencies(row: Mapping[str, Any]) -> str:
+    if row.get("e_hw") is None:
+        reason = row.get("oracle_note") or "no oracle for a dense model"
+        return f"E_total {row['e_total']:.2f} (E_hw and E_method unknown: {reason})"
+    return f"E_total {row['e_total']:.2f} = E_hw {row['e_hw']:.2f} x E_method {row['e_method']:.2f}"

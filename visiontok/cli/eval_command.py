@@ -1,0 +1,93 @@
+"""Accuracy of a reduced model, image by image against the unreduced one.
+
+  visiontok eval --reducer tome --r 5                                        the embedded model on digits
+  visiontok eval -m deit_small_patch16_224 --pretrained --data-dir imagenet --reducer pitome --keep 0.9
+  visiontok eval --recipe configs/tome/deit_small_patch16_224.yaml --pretrained --data-dir imagenet
+
+Unreadable images are counted and listed, never replaced; more than --max-failed of them fail the run (exit code 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from visiontok.cli import options, output
+from visiontok.errors import ParameterError
+
+_SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    options.add_model(parser)
+    options.add_reducer(parser)
+    options.add_data(parser)
+    options.add_run(parser, rounds=0)
+    options.add_output(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the evaluation.
+
+    Raises:
+        ParameterError: there are no images for this model.
+    """
+    from visiontok.bench.trial import run_trial
+
+    recipe = options.load_recipe(args)
+    spec = options.spec(args, timing=False)
+    if args.dry_run:
+        from visiontok.cli.plan import print_plan
+
+        return print_plan(spec)
+    if spec.data == "none":
+        raise ParameterError(f"{spec.model} needs images; pass a folder of class folders with --data-dir")
+    row = run_trial(spec, quiet=args.quiet)
+    output.say(args, describe(row, recipe))
+    output.write_results(args, [row])
+    output.result_line(row)
+    return report_failures(row, args.max_failed)
+
+
+def describe(row: Mapping[str, Any], recipe: Any = None) -> str:
+    """The result for people, with a recipe's published numbers beside the measured ones."""
+    from visiontok.bench.table import accuracy_text, label
+
+    lines = [("trial", label(row)), ("images", f"{row['n_images']} evaluated, {row['n_failed']} unreadable")]
+    lines.append(("top-1", f"{accuracy_text(row)} (95 % interval)"))
+    if row.get("top5") is not None:
+        lines.append(("top-5", f"{row['top5']:.2f}"))
+    lines.append(("GMACs", f"{row['gmacs']:.4g} of {row['gmacs_base']:.4g}"))
+    if row["role"] == "reduced":
+        lines.append(("vs unreduced", f"{row['delta']:+.2f} points, McNemar p = {row['mcnemar_p']:.3g}"))
+        lines.append(("agreement", f"{row['agreement']:.2f} % of the answers are the unreduced model's"))
+    if recipe is not None:
+        lines.append(("published", _published(recipe.expected)))
+    return output.pairs(lines)
+
+
+def report_failures(row: Mapping[str, Any], accepted: int) -> int:
+    """Lists unreadable images on standard error; exit code 1 where there are more than accepted."""
+    failed = row["failed_images"]
+    for image in failed[:_SHOWN]:
+        print(f"unreadable: {image['path']}: {image['reason']}", file=sys.stderr)
+    if len(failed) > _SHOWN:
+        print(f"... and {len(failed) - _SHOWN} more, all in the result row", file=sys.stderr)
+    if len(failed) <= accepted:
+        return 0
+    print(
+        f"visiontok eval: error: {len(failed)} unreadable image(s), --max-failed is {accepted}; "
+        "repair or remove them, or accept them with --max-failed",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _published(expected: Any) -> str:
+    numbers = [f"top-1 {expected.top1:g}"] if expected.top1 is not None else []
+    numbers += [f"{expected.gflops:g} GMACs"] if expected.gflops is not None else []
+    return f"{', '.join(numbers) or 'no number'} ({expected.source})"

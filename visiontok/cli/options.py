@@ -1,0 +1,299 @@
+"""Flags that commands share, named as in timm's scripts, and what they mean as a `TrialSpec`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontok.errors import ParameterError
+
+if TYPE_CHECKING:
+    from visiontok.bench.results import TrialSpec
+    from visiontok.core.recipe import Recipe
+
+BUDGETS = ("r", "keep", "gflops", "tokens")
+_MAX_LITERAL = 4096
+_WORDS = {"true": True, "false": False, "none": None}
+_BUDGET_HELP = {
+    "r": "tokens removed per block: 13, '(16,-1)' (ToMe's inflection), '[8,8,4]' or '{3: 8}'",
+    "keep": "kept per block: a share in (0, 1], or a whole number of tokens; lists and {layer: keep} too",
+    "gflops": "target compute per image in GMACs (what papers call GFLOPs)",
+    "tokens": "target number of patch tokens after the last block",
+}
+
+
+def positive(text: str) -> int:
+    """An int of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    """An int of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text}")
+    return value
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`name=value` of `--set`: a Python literal, true, false, none, or else plain text.
+
+    Raises:
+        argparse.ArgumentTypeError: no `=`, no name, a value that is too long or no finite number.
+    """
+    name, equals, raw = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
+    try:
+        return name, literal(raw.strip())
+    except ParameterError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def literal(raw: str) -> Any:
+    """Reads a value that a user typed: a Python literal without code, a word, or the text itself.
+
+    Raises:
+        ParameterError: too long, nested too deeply, or a number that is not finite.
+    """
+    if len(raw) > _MAX_LITERAL:
+        raise ParameterError(f"a value has at most {_MAX_LITERAL} characters, got {len(raw)}")
+    if raw.lower() in _WORDS:
+        return _WORDS[raw.lower()]
+    try:
+        value = ast.literal_eval(raw)
+    except (ValueError, SyntaxError, TypeError):
+        return raw
+    except (MemoryError, RecursionError):
+        raise ParameterError("a value is nested too deeply") from None
+    _check_plain(value, raw)
+    return value
+
+
+def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """`-m --pretrained --checkpoint --img-size --input-size`."""
+    group = parser.add_argument_group("model")
+    name_help = "tiny_vit (default, embedded and trained) or a timm name"
+    if several:
+        group.add_argument("-m", "--model", nargs="+", metavar="NAME", help=name_help)
+        group.add_argument("--model-list", metavar="FILE", help="file with one model name per line")
+    else:
+        group.add_argument("-m", "--model", metavar="NAME", help=name_help)
+    group.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights")
+    group.add_argument("--checkpoint", metavar="FILE", help="load these weights (.safetensors, or tensors-only .pth)")
+    group.add_argument("--img-size", type=positive, metavar="N", help="square input size, None for the model's own")
+    group.add_argument("--input-size", type=positive, nargs=3, metavar=("C", "H", "W"), help="full input size")
+
+
+def add_reducer(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """`--reducer --r --keep --gflops --tokens --set --recipe`."""
+    group = parser.add_argument_group("reduction")
+    if several:
+        group.add_argument("--reducer", nargs="+", metavar="NAME", help="registry names (default: tome pitome)")
+    else:
+        group.add_argument("--reducer", metavar="NAME", help="registry name, see 'visiontok list'")
+    count: dict[str, Any] = {"nargs": "+"} if several else {}
+    for name, text in _BUDGET_HELP.items():
+        group.add_argument(f"--{name}", type=str, metavar="X", help=text, **count)
+    group.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="K=V", help="another parameter of the reducer"
+    )
+    group.add_argument("--recipe", metavar="FILE", help="reducer, parameters and model from a recipe (configs/)")
+
+
+def add_data(parser: argparse.ArgumentParser, *, loaders: str = "--workers") -> None:
+    """`--data-dir --split --class-map --max-images --max-failed -j`; `loaders` is the long name of `-j`."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-dir", metavar="DIR", help="folder of class folders (default: the embedded digits, for tiny_vit)"
+    )
+    group.add_argument("--split", metavar="NAME", help="sub-folder of it (default: validation), or test|train")
+    group.add_argument("--class-map", metavar="FILE", help="class folder names in the order of the model's outputs")
+    group.add_argument("--max-images", type=positive, metavar="N", help="evaluate N evenly spaced images only")
+    group.add_argument(
+        "--max-failed", type=natural, default=0, metavar="N", help="unreadable images to accept (default: 0)"
+    )
+    group.add_argument("-j", loaders, dest="load_workers", type=natural, default=0, help="image loading processes")
+
+
+def add_run(parser: argparse.ArgumentParser, *, batch: int = 32, warm: int = 10, rounds: int = 40) -> None:
+    """`-b --device --amp --model-dtype --channels-last --torchcompile --seed --threads ...` and the timing flags.
+
+    Args:
+        parser: a command's parser.
+        batch: default of `--batch-size`.
+        warm: default of `--num-warm-iter`.
+        rounds: default of `--num-bench-iter`; 0 for a command that times nothing and has neither flag.
+    """
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "-b", "--batch-size", type=positive, default=batch, metavar="N", help=f"images per batch ({batch})"
+    )
+    group.add_argument("--device", default="cpu", help="torch device (cpu)")
+    group.add_argument("--amp", action="store_true", help="run under autocast")
+    group.add_argument("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"), help="autocast's dtype")
+    group.add_argument(
+        "--model-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="dtype of the weights"
+    )
+    group.add_argument("--channels-last", action="store_true", help="channels-last memory format")
+    group.add_argument(
+        "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile (backend: inductor)"
+    )
+    group.add_argument("--seed", type=natural, default=42, help="seed of random weights and inputs (42)")
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="intra-op threads; 1 times CPU time, not wall time"
+    )
+    group.add_argument("--no-retry", action="store_true", help="do not halve the batch when memory runs out")
+    if rounds:
+        group.add_argument(
+            "--num-warm-iter", type=natural, default=warm, metavar="N", help=f"untimed calls of each model ({warm})"
+        )
+        group.add_argument(
+            "--num-bench-iter", type=_rounds, default=rounds, metavar="N", help=f"interleaved rounds ({rounds})"
+        )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """`--results-file --results-format --quiet`."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--results-file", metavar="FILE", help="write the result row(s) here too")
+    group.add_argument("--results-format", choices=("json", "jsonl", "csv"), help="default: by the file's suffix")
+    group.add_argument("--quiet", action="store_true", help="no progress, no table; only the --result line")
+
+
+def spec(args: argparse.Namespace, **fields: Any) -> TrialSpec:
+    """The trial that the flags describe; `fields` win over flags."""
+    from visiontok.bench.results import TrialSpec
+
+    recipe = load_recipe(args)
+    name = fields.pop("model", None) or model_name(args, recipe)
+    if "reducer" not in fields:
+        fields["reducer"], fields["params"] = reduction(args, recipe)
+    return TrialSpec(model=name, **(common(args, name) | fields))
+
+
+def common(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Fields of a `TrialSpec` that do not hang on the reducer."""
+    if args.img_size is not None and args.input_size is not None:
+        raise ParameterError("give --img-size or --input-size, not both")
+    size = tuple(args.input_size) if args.input_size else (3, args.img_size, args.img_size) if args.img_size else None
+    values = {
+        "pretrained": args.pretrained,
+        "checkpoint": args.checkpoint,
+        "input_size": size,
+        "batch_size": args.batch_size,
+        "device": args.device,
+        "amp": args.amp,
+        "amp_dtype": args.amp_dtype,
+        "dtype": args.model_dtype,
+        "channels_last": args.channels_last,
+        "torchcompile": args.torchcompile,
+        "seed": args.seed,
+        "threads": args.threads,
+        "retry": not args.no_retry,
+    }
+    if hasattr(args, "num_bench_iter"):
+        values |= {"num_warm_iter": args.num_warm_iter, "num_bench_iter": args.num_bench_iter}
+    if hasattr(args, "data_dir"):
+        values |= _data(args, name)
+    return values
+
+
+def model_name(args: argparse.Namespace, recipe: Recipe | None = None) -> str:
+    """The model asked for: `-m`, else the recipe's, else the embedded one."""
+    from visiontok.bench.models import DEFAULT_MODEL
+
+    return args.model or (recipe.model if recipe is not None else DEFAULT_MODEL)
+
+
+def load_recipe(args: argparse.Namespace) -> Recipe | None:
+    """The recipe asked for.
+
+    Raises:
+        ParameterError: it was given together with `--reducer`.
+        FormatError: it cannot be read.
+    """
+    if args.recipe is None:
+        return None
+    if args.reducer:
+        raise ParameterError("give --recipe or --reducer, not both; change a recipe's parameters with --set")
+    from visiontok.core.recipe import load_recipe
+
+    return load_recipe(args.recipe)
+
+
+def reduction(args: argparse.Namespace, recipe: Recipe | None = None) -> tuple[str | None, dict[str, Any]]:
+    """Reducer and parameters asked for; `(None, {})` for an unreduced model.
+
+    Raises:
+        ParameterError: parameters without a reducer.
+    """
+    given = {name: budget(getattr(args, name)) for name in BUDGETS if getattr(args, name) is not None}
+    params = {**given, **dict(args.set)}
+    if recipe is not None:
+        kept = recipe.fields if given else recipe.params
+        return recipe.method, {**kept, **params}
+    if args.reducer is None and params:
+        names = ", ".join(f"--{name}" if name in BUDGETS else f"--set {name}" for name in params)
+        raise ParameterError(f"{names} needs a reducer; add --reducer NAME (see 'visiontok list')")
+    return args.reducer, params
+
+
+def budget(text: str) -> Any:
+    """A budget as typed; see `visiontok.core.schedule.parse_budget`."""
+    from visiontok.core.schedule import parse_budget
+
+    return parse_budget(text)
+
+
+def model_names(args: argparse.Namespace, fallback: Sequence[str]) -> list[str]:
+    """The models of a sweep: `-m`, then the lines of `--model-list`, else `fallback`."""
+    names = list(args.model or ())
+    if args.model_list:
+        path = Path(args.model_list)
+        if not path.is_file():
+            raise ParameterError(f"--model-list '{path}' does not exist")
+        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        names += [line for line in lines if line]
+    return list(dict.fromkeys(names)) or list(fallback)
+
+
+def _data(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    from visiontok.bench.models import EMBEDDED
+
+    data = args.data_dir or ("digits" if name in EMBEDDED else "none")
+    return {
+        "data": data,
+        "split": args.split or ("test" if data == "digits" else "validation"),
+        "class_map": args.class_map,
+        "max_images": args.max_images,
+        "workers": args.load_workers,
+    }
+
+
+def _rounds(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"timing needs at least 2 rounds, got {text}")
+    return value
+
+
+def _check_plain(value: Any, raw: str) -> None:
+    if isinstance(value, dict):
+        parts: list[Any] = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    elif value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return
+    else:
+        raise ParameterError(f"{raw!r} is no plain finite value")
+    for part in parts:
+        _check_plain(part, raw)
