@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -287,6 +289,7 @@ def _example_files() -> list[list[str]]:
     from sklearn.datasets import load_sample_images
 
     folder = Path(tempfile.mkdtemp(prefix="visiontok-examples-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     digits = digits_split()
     pictures: list[tuple[str, Image.Image, str]] = []
     for index in (16, 18, 1, 26):

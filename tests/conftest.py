@@ -132,6 +132,7 @@ class Watched:
 def watched(browser: Any) -> Iterator[Watched]:
     """A new page that records console errors, uncaught exceptions and requests."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(60_000)
     watch = Watched(context.new_page())
     watch.page.on("pageerror", lambda error: watch.errors.append(str(error)))
     watch.page.on("console", lambda said: watch.errors.append(said.text) if said.type == "error" else None)

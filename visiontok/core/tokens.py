@@ -36,8 +36,8 @@ class TokenMap:
             `absmax` (per channel the entry of largest magnitude), `mlerp` (mean direction with the largest norm;
             ToFu, arXiv:2312.01026).
         mass: (B, N) share of each token in its slot's new size. Default: the token's size.
-        anchor: (B, K) int64, the token that stands for a slot (position, packing rank). Default: its only token that is
-            not in `left`, else its lowest index.
+        anchor: (B, K) int64, the token that stands for a slot (position, packing rank). Default: its token in `stays`,
+            else its lowest index.
         counts: (B,) int64 live slots per sample where they differ; slots beyond get size 0.
         grid: (h, w) if the non-prefix slots form a grid in raster order.
         soft: (B, K, N) a learned or attention-like map; then values are `soft @ x` and `assign` is only the origin
@@ -46,7 +46,7 @@ class TokenMap:
         carry: New or replaced entries of `TokenState.carry`, already on K slots.
         stash: New `TokenState.stash`.
         memo: New or replaced entries of `TokenState.memo`.
-        left: (B, r) int64 tokens that merged into another one; the rest are destinations.
+        stays: (start, step) of positions that stand for their slot if they share it with tokens elsewhere.
         form: What is known without looking at the values: `identity`, `select` (value and size are those of the
             anchor), `complete` (nothing dropped) or `any`.
     """
@@ -64,7 +64,7 @@ class TokenMap:
     carry: Mapping[str, Tensor] | None = None
     stash: Tensor | None = None
     memo: Mapping[str, Any] | None = None
-    left: Tensor | None = None
+    stays: tuple[int, int] | None = None
     form: Form = "any"
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class TokenMap:
         assign = torch.full((batch, length or count + src.shape[1]), -1, dtype=torch.int64, device=order.device)
         assign = assign.scatter(1, anchor, slots)
         assign = assign.scatter(1, src, assign.gather(1, dst))
-        return cls(assign, count, anchor=anchor, left=src, form="complete" if complete else "any", **extra)
+        return cls(assign, count, anchor=anchor, form="complete" if complete else "any", **extra)
 
     # ---- what the core derives
 
@@ -175,13 +175,15 @@ class TokenMap:
         if self.anchor is not None:
             return self.anchor
         length = self.assign.shape[1]
-        tokens = torch.arange(length, device=self.assign.device).expand_as(self.assign)
+        rank = torch.arange(length, device=self.assign.device)
+        if self.stays is not None:
+            start, step = self.stays
+            rank = rank + length
+            rank[start::step] -= length
         spare = torch.where(self.assign < 0, self.K, self.assign)
-        if self.left is not None:
-            spare = spare.scatter(1, self.left, self.K)
-        first = tokens.new_full((self.assign.shape[0], self.K + 1), length)
-        first = first.scatter_reduce(1, spare, tokens, reduce="amin")[:, : self.K]
-        return first.clamp_max(length - 1)
+        first = rank.new_full((self.assign.shape[0], self.K + 1), 0)
+        first = first.scatter_reduce(1, spare, rank.expand_as(spare), reduce="amin", include_self=False)[:, : self.K]
+        return first % length
 
     @property
     def live(self) -> Tensor | None:

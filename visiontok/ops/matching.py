@@ -15,7 +15,7 @@ from visiontok.errors import ParameterError
 from visiontok.ops.constants import arange_row, shape_constant, wide_dtype
 from visiontok.ops.ordering import stable_order
 
-__all__ = ["Match", "alternate", "best_match", "bipartite", "even_odd", "even_odd_slots", "every_kth", "halves", "unit"]
+__all__ = ["Match", "alternate", "best_match", "bipartite", "even_odd", "even_odd_slots", "every_kth", "first_odd", "halves", "unit"]
 
 
 # Below this length a vector has no direction; as in F.normalize.
@@ -57,7 +57,7 @@ def best_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (B, Na) similarity and (B, Na) int64 index into b.
     """
-    best = (a @ b.transpose(1, 2)).max(dim=-1)
+    best = torch.bmm(a, b.transpose(1, 2)).max(dim=-1)
     return best.values, best.indices
 
 
@@ -109,7 +109,7 @@ def even_odd(metric: Tensor, r: int, prefix: int = 0) -> Match:
     return bipartite(rows[:, first_a::2], rows[:, first_b::2], a, b, r, ascending=prefix > 0)
 
 
-def even_odd_slots(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
+def even_odd_slots(metric: Tensor, r: int, prefix: int = 0) -> Tensor:
     """`even_odd` as an assignment, in fewer and smaller operations: the hot path of ToMe.
 
     Args:
@@ -118,7 +118,8 @@ def even_odd_slots(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Ten
         prefix: Leading tokens to protect.
 
     Returns:
-        (B, N) int64 slot of each token among N - r, and (B, r) int64 the tokens that left.
+        (B, N) int64 slot of each token among N - r. The tokens at `first_odd(prefix)`, and every second one after it,
+        are the destinations.
     """
     batch, length, _ = metric.shape
     first_a, first_b = _parity(prefix)
@@ -134,9 +135,9 @@ def even_odd_slots(metric: Tensor, r: int, prefix: int = 0) -> tuple[Tensor, Ten
         slot = torch.empty_like(ranked).scatter_(1, ranked[:, r:], places)
     slot.scatter_(1, leaving, partner.gather(1, leaving).add_(count + 1))
     # Slots: prefix, unmerged tokens of a, then b in order. `slot` counts from one, hence the shift.
-    assign = _template(length, count, prefix, metric.device).repeat(batch, 1)
-    assign[:, first_a::2] += slot
-    return assign, leaving * 2 + first_a
+    assign = _template(length, count, prefix, metric.device).expand(batch, -1).clone()
+    assign[:, first_a::2].add_(slot)
+    return assign
 
 
 @shape_constant
@@ -151,8 +152,12 @@ def _template(length: int, count: int, prefix: int, device: torch.device) -> Ten
 
 
 def _parity(prefix: int) -> tuple[int, int]:
-    # First even and first odd position after the prefix.
-    return prefix + prefix % 2, prefix + (prefix + 1) % 2
+    return prefix + prefix % 2, first_odd(prefix)
+
+
+def first_odd(prefix: int) -> int:
+    """The first odd position that is not in the prefix: where ToMe's destinations start."""
+    return prefix + (prefix + 1) % 2
 
 
 def every_kth(metric: Tensor, k: int, *, drop_tail: bool = False) -> Match:

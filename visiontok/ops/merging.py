@@ -177,7 +177,7 @@ def _segment_sum_index_add(
     rows = x.to(wide_dtype(x.dtype))
     if weight is not None:
         rows = rows * weight.to(rows.dtype).unsqueeze(-1)
-    out = rows.new_zeros(batch * slots, channels).index_add(0, index.flatten(), rows.reshape(batch * length, channels))
+    out = rows.new_zeros(batch * slots, channels).index_add_(0, index.flatten(), rows.reshape(batch * length, channels))
     return out.view(batch, slots, channels)[:, :num_slots]
 
 
@@ -195,7 +195,7 @@ def segment_count(weight: Tensor, assign: Tensor, num_slots: int, *, complete: b
     """
     slots = num_slots if complete else num_slots + 1
     index = assign if complete else torch.where(assign < 0, num_slots, assign)
-    out = weight.new_zeros(assign.shape[0], slots).scatter_add(1, index, weight)
+    out = weight.new_zeros(assign.shape[0], slots).scatter_add_(1, index, weight)
     return out if complete else out[:, :num_slots]
 
 

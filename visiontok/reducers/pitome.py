@@ -17,7 +17,7 @@ from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError, UnknownNameError, did_you_mean
 from visiontok.ops import matching, scoring
 from visiontok.ops.ordering import stable_order
-from visiontok.reducers.tome import head_mean
+from visiontok.reducers.tome import head_sum
 
 __all__ = ["PiToMe"]
 
@@ -181,7 +181,7 @@ class PiToMe(Reducer):
         if r == 0:
             return None
         where = Where(state.layer, max(state.depth, state.layer + 1))
-        metric = head_mean(signals.KEY) if self.needs[0] is Signal.KEY else signals.HIDDEN
+        metric = head_sum(signals.KEY) if self.needs[0] is Signal.KEY else signals.HIDDEN
         match = self.match(metric.detach(), r, where, state.prefix)
         weight = None if self._preset.sized else metric.new_ones(metric.shape[:2])
         return TokenMap.merge(match.src, match.dst, match.order, state.prefix, weight=weight)

@@ -21,9 +21,9 @@ _URL = "https://arxiv.org/abs/2210.09461"
 _LICENSE = "CC-BY-NC 4.0"
 
 
-def head_mean(key: Tensor) -> Tensor:
-    """(B, H, N, d) keys to the (B, N, d) metric of ToMe."""
-    return key.squeeze(1) if key.shape[1] == 1 else key.mean(dim=1)
+def head_sum(key: Tensor) -> Tensor:
+    """(B, H, N, d) keys to a (B, N, d) metric: the direction of their mean over heads, which is all a cosine sees."""
+    return key.squeeze(1) if key.shape[1] == 1 else key.sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class ToMe(Reducer):
         r = self.amount(budget, state)
         if r == 0:
             return None
-        assign, left = matching.even_odd_slots(head_mean(signals.KEY.detach()), r, state.prefix)
-        return TokenMap(assign, state.n - r, left=left, form="complete")
+        assign = matching.even_odd_slots(head_sum(signals.KEY.detach()), r, state.prefix)
+        stays = (matching.first_odd(state.prefix), 2)
+        return TokenMap(assign, state.n - r, stays=stays, form="complete")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class ToMeKth(Reducer):
     def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
         if state.items < self.k:
             return None
-        metric = head_mean(signals.KEY.detach())[:, state.prefix :]
+        metric = head_sum(signals.KEY.detach())[:, state.prefix :]
         match = matching.every_kth(metric, self.k, drop_tail=self.compat == "official")
         tm = TokenMap.merge(*(part + state.prefix for part in match), state.prefix, length=state.n)
         return tm
