@@ -147,7 +147,9 @@ def main() -> None:
         rows[name] = {"p20": low, "p50": middle, "p80": high, "speedup": speed,
                       "e_total": speed / report.ideal_speedup, "e_hw": base / slice_ / report.ideal_speedup,
                       "e_method": method}  # fmt: skip
-        tail = "" if name.startswith("baseline") else "{e_total:>9.2f}{e_hw:>7.2f}{e_method:>10.3f}".format(**rows[name])
+        tail = (
+            "" if name.startswith("baseline") else "{e_total:>9.2f}{e_hw:>7.2f}{e_method:>10.3f}".format(**rows[name])
+        )
         print(f"{name:<24}{low:>9.1f}{middle:>9.1f}{high:>9.1f}  {speed:>6.2f}{tail}")
     if args.out:
         record = {"model": args.model, "r": args.r, "batch": args.batch, "dtype": args.dtype, "rounds": args.rounds,
@@ -161,7 +163,9 @@ def cpu() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return f"{name} ({os.cpu_count()} cores)"
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/train_tiny.py --model tiny_vit --out visiontok/models/weights/tiny_vit_digits.safetensors
 
-Settings were chosen with `--validate` (a fifth of the training images held out); the test images are looked at once, by
-the run that writes the file. The last epoch is saved, never the best one.
+Settings were chosen with `--validate` (a fifth of the training images held out); the test images are looked at only by
+the run that writes the file. The last epoch is saved, never the best one. The fixed split is a kind one: the 6-block
+model, 0.996 on it, reaches 0.986 and 0.990 on the splits of seeds 1 and 2. Equal runs write equal bytes.
 """
 
 from __future__ import annotations

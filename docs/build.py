@@ -1,7 +1,7 @@
 """Regenerates what the docs derive from code: the header of every method card and the compatibility table.
 
-    python docs/build.py            # write
-    python docs/build.py --check    # exit 1 if something is out of date
+python docs/build.py            # write
+python docs/build.py --check    # exit 1 if something is out of date
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def pages() -> dict[Path, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if a page is out of date")
-    stale = [
-        path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if parser.parse_args().check:
         print("\n".join(f"out of date: {path.relative_to(HERE.parent)}" for path in stale))
         return 1 if stale else 0

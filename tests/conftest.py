@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+# One thread per worker: on tiny tensors more threads only wait for one another. Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_FLAGS = [
     "--no-sandbox",

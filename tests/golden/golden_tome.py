@@ -15,7 +15,6 @@ from visiontok.core.schedule import parse_r
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
 from visiontok.ops import matching
-from visiontok.reducers.tome import head_mean
 
 
 def run_op(case: Case) -> None:
@@ -127,7 +126,7 @@ def run_model(case: Case) -> None:
         case.check("baseline_logits", model(x))
     red = vt.patch(model, "tome", r=r, prop_attn=params["prop_attn"], trace=True)
     prefix = 2 if params.get("distilled") else 1
-    run = watch(red, model, x, lambda _, signals: head_mean(signals.KEY))
+    run = watch(red, model, x, lambda _, signals: signals.KEY.mean(dim=1))
     case.check("logits", run.output)
     check_layers(case, run)
     assert red.tokens == red.plan.tokens == params["tokens_per_layer"]

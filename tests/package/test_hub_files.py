@@ -170,10 +170,11 @@ def test_deep_large_and_foreign_files_are_refused(model: Any, tmp_path: Path) ->
 def test_a_missing_folder_or_file_is_refused_without_a_look_at_the_network(
     model: Any, tmp_path: Path, offline: list[str]
 ) -> None:
+    before = len(offline)
     for source in (tmp_path, tmp_path / "gone", "a/b/c"):
         with pytest.raises(vt.VisionTokError):
             vt.from_pretrained(model, source)
-    assert [host for host in offline if "huggingface" in host] == []
+    assert offline[before:] == []
 
 
 class TestLearnedParts:

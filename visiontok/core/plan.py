@@ -219,16 +219,28 @@ def _reach_gflops(
 ) -> int:
     if measure is None:
         raise ParameterError(f"{reducer.name}: gflops needs a model whose compute can be counted here.")
+
+    def gmacs(total: int) -> float:
+        return measure(reducer, even(total, len(layers)))
+
     target, low, high = float(reducer.gflops or 0), 0, items - 1
-    full, least = measure(reducer, even(low, len(layers))), measure(reducer, even(high, len(layers)))
-    if not least <= target <= full:
+    above, below = gmacs(low), gmacs(high)
+    if not below <= target <= above:
         raise ParameterError(
-            f"{reducer.name}: gflops={target:g} is outside what this model can reach, {least:.4g} … {full:.4g} GMACs."
+            f"{reducer.name}: gflops={target:g} is outside what this model can reach, {below:.4g} … {above:.4g} GMACs."
         )
-    while low < high:
-        middle = (low + high) // 2
-        if measure(reducer, even(middle, len(layers))) <= target:
-            high = middle
+    if above <= target:
+        return low
+    # Compute falls almost linearly, so interpolation finds the place in a few counts; every other step halves the
+    # interval in case it does not.
+    halve = False
+    while high - low > 1:
+        share = 0.5 if halve else (above - target) / (above - below)
+        guess = min(max(low + round(share * (high - low)), low + 1), high - 1)
+        found = gmacs(guess)
+        if found <= target:
+            high, below = guess, found
         else:
-            low = middle + 1
+            low, above = guess, found
+        halve = not halve
     return high

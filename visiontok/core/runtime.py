@@ -310,5 +310,3 @@ def _lost(layer: int, x: Tensor, state: TokenState | None) -> str:
         "With gradient checkpointing use use_reentrant=False; call blocks in order, each on the output of the one "
         "before; a hook that replaces a block's output must return the same tensor."
     )
-
-

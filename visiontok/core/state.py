@@ -231,6 +231,9 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     for stream in streams:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
+    if tm.merges_by_size and len(streams) == 1:
+        reduced_one, size = merging.merge_mean(streams[0], state.size, tm.assign, tm.K)
+        return (reduced_one,) if isinstance(x, tuple) else reduced_one, state.advance(tm, size)
     if len(streams) > 1 and merging.uses_groups(streams[0]):
         tm.share_groups()
     size = tm.sizes(state.size, streams[0].dtype)

@@ -92,6 +92,11 @@ class TokenMap:
         """Whether values, sizes and restoring follow from `assign` alone."""
         return self.weight is self.mass is self.counts is self.soft is self.back is None
 
+    @property
+    def merges_by_size(self) -> bool:
+        """Whether this is a size-weighted mean of all tokens, which is one op."""
+        return self.form == "complete" and self.mode == "mean" and self.plain
+
     # ---- construction
 
     @classmethod

@@ -15,7 +15,18 @@ from visiontok.errors import ParameterError
 from visiontok.ops.constants import arange_row, shape_constant, wide_dtype
 from visiontok.ops.ordering import stable_order
 
-__all__ = ["Match", "alternate", "best_match", "bipartite", "even_odd", "even_odd_slots", "every_kth", "first_odd", "halves", "unit"]
+__all__ = [
+    "Match",
+    "alternate",
+    "best_match",
+    "bipartite",
+    "even_odd",
+    "even_odd_slots",
+    "every_kth",
+    "first_odd",
+    "halves",
+    "unit",
+]
 
 
 # Below this length a vector has no direction; as in F.normalize.

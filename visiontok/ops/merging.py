@@ -14,7 +14,10 @@ from torch import Tensor
 from visiontok.ops import dispatch
 from visiontok.ops.constants import arange_row, wide_dtype
 
-__all__ = ["Groups", "group", "segment_count", "segment_max", "segment_sum", "select", "spread"]
+# Smallest positive normal fp32 number: divides a zero by something.
+_TINY = torch.finfo(torch.float32).tiny
+
+__all__ = ["Groups", "group", "merge_mean", "segment_count", "segment_max", "segment_sum", "select", "spread"]
 
 
 class Groups(NamedTuple):
@@ -179,6 +182,61 @@ def _segment_sum_index_add(
         rows = rows * weight.to(rows.dtype).unsqueeze(-1)
     out = rows.new_zeros(batch * slots, channels).index_add_(0, index.flatten(), rows.reshape(batch * length, channels))
     return out.view(batch, slots, channels)[:, :num_slots]
+
+
+_merge_mean = dispatch.op("merge_mean")
+
+
+def merge_mean(x: Tensor, size: Tensor | None, assign: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """The whole of a size-weighted merge in one op: values and sizes of the slots.
+
+    Args:
+        x: (B, N, C).
+        size: (B, N, 1) at least fp32, or None for all ones.
+        assign: (B, N) int64, no token dropped.
+        num_slots: K.
+
+    Returns:
+        (B, K, C) in x.dtype and (B, K, 1) in at least fp32.
+    """
+    return _merge_mean(x, size, assign, num_slots)
+
+
+@_merge_mean.implementation(
+    "embedding_bag",
+    fits=lambda x: not (torch.is_grad_enabled() and x.requires_grad) and dispatch.cacheable() and not x.is_meta,
+    reason="eager inference: one sort of the slots, one pass over the tokens, no atomics",
+)
+def _merge_mean_bag(x: Tensor, size: Tensor | None, assign: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    batch, length, channels = x.shape
+    wide = wide_dtype(x.dtype)
+    weight = x.new_ones(batch, length, dtype=wide) if size is None else size.view(batch, length)
+    total = weight.new_zeros(batch, num_slots).scatter_add_(1, assign, weight)
+    ordered, src = assign.sort(dim=1, stable=True)
+    # Padding has size 0, whose share must not become 0 / 0.
+    share = weight.gather(1, src).div_(total.gather(1, ordered).clamp_min_(_TINY))
+    bounds = arange_row(0, num_slots, x.device)
+    if batch != 1:
+        bags = torch.searchsorted(ordered, bounds.repeat(batch, 1))
+        start = _starts(batch, length, x.device)
+        bags, src = bags.add_(start), src.add_(start)
+    else:
+        bags = torch.searchsorted(ordered, bounds)
+    rows = x if x.dtype == wide else x.to(wide)
+    flat = rows.reshape(batch * length, channels)
+    out = torch.embedding_bag(flat, src.view(-1), bags.view(-1), False, 0, False, share.view(-1))[0]
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
+    return out.view(batch, num_slots, channels), total.unsqueeze(-1)
+
+
+@_merge_mean.implementation("composed", fits=lambda x: True, reason="traced or with gradients: made of segment_sum")
+def _merge_mean_composed(x: Tensor, size: Tensor | None, assign: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    wide = wide_dtype(x.dtype)
+    weight = x.new_ones(x.shape[:2], dtype=wide) if size is None else size.squeeze(-1)
+    total = segment_count(weight, assign, num_slots, complete=True)
+    share = weight / total.clamp_min(_TINY).gather(1, assign)
+    out = segment_sum(x, assign, num_slots, share, complete=True)
+    return out.to(x.dtype), total.unsqueeze(-1)
 
 
 def segment_count(weight: Tensor, assign: Tensor, num_slots: int, *, complete: bool = False) -> Tensor:

@@ -1,0 +1,55 @@
+"""Draws the pictures of the README: `python docs/pictures.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import visiontok as vt
+from visiontok.models.tiny import digits_split, tiny_transform, tiny_vit
+from visiontok.viz import token_strip
+
+HERE = Path(__file__).parent / "images"
+
+
+def digit_strip() -> Image.Image:
+    """The trained embedded model on a scan it never saw."""
+    model, picture = tiny_vit(), digits_split().image(3)
+    with vt.patched(model, "tome", r=6, trace=True) as reduction, torch.inference_mode():
+        model(tiny_transform()(picture).unsqueeze(0))
+        return token_strip(picture, [step for step in reduction.trace if step.layer in (1, 3, 5, 7)])
+
+
+def photo_strip() -> Image.Image:
+    """DeiT-S on one of scikit-learn's photographs; no weights can be had offline, so it is untrained."""
+    import timm
+    from sklearn.datasets import load_sample_image
+    from timm.data import create_transform, resolve_data_config
+
+    torch.manual_seed(0)
+    model = timm.create_model("deit_small_patch16_224").eval()
+    photo = Image.fromarray(load_sample_image("flower.jpg")).crop((150, 20, 550, 420)).resize((224, 224))
+    transform = create_transform(**{**resolve_data_config(model=model), "crop_pct": 1.0})
+    with vt.patched(model, "tome", r=13, trace=True) as reduction, torch.inference_mode():
+        model(transform(photo).unsqueeze(0))
+        return token_strip(photo, [step for step in reduction.trace if step.layer in (2, 5, 8, 11)])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    strips = [photo_strip(), digit_strip()]
+    width = min(strip.width for strip in strips)
+    strips = [strip.resize((width, round(strip.height * width / strip.width)), Image.Resampling.LANCZOS) for strip in strips]
+    sheet = Image.new("RGB", (width, sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    HERE.mkdir(exist_ok=True)
+    sheet.save(HERE / "token_map.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
