@@ -41,7 +41,8 @@ def main() -> None:
     torch.set_num_threads(1)
     strips = [photo_strip(), digit_strip()]
     width = min(strip.width for strip in strips)
-    strips = [strip.resize((width, round(strip.height * width / strip.width)), Image.Resampling.LANCZOS) for strip in strips]
+    heights = [round(strip.height * width / strip.width) for strip in strips]
+    strips = [s.resize((width, height), Image.Resampling.LANCZOS) for s, height in zip(strips, heights)]
     sheet = Image.new("RGB", (width, sum(strip.height for strip in strips)), "white")
     top = 0
     for strip in strips:

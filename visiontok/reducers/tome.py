@@ -27,7 +27,22 @@ def head_sum(key: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ToMe(Reducer):
+class _KeyMerger(Reducer):
+    """What both variants share: they compare keys and weigh attention by size if asked to."""
+
+    prop_attn: bool = True
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return (Signal.KEY,)
+
+    @property
+    def proportional(self) -> bool:
+        return self.prop_attn
+
+
+@dataclass(frozen=True)
+class ToMe(_KeyMerger):
     """Token Merging (arXiv:2210.09461): each block merges its r most similar pairs of tokens.
 
     Tokens at even positions merge into tokens at odd positions by cosine of the head-averaged keys, size-weighted.
@@ -55,16 +70,6 @@ class ToMe(Reducer):
         "errors.",
     )
 
-    prop_attn: bool = True
-
-    @property
-    def needs(self) -> tuple[Signal, ...]:
-        return (Signal.KEY,)
-
-    @property
-    def proportional(self) -> bool:
-        return self.prop_attn
-
     def limit(self, n: int) -> int:
         return n // 2
 
@@ -78,7 +83,7 @@ class ToMe(Reducer):
 
 
 @dataclass(frozen=True)
-class ToMeKth(Reducer):
+class ToMeKth(_KeyMerger):
     """ToMe's k-th variant (arXiv:2210.09461): the last token of each k stays, all others join their best match.
 
     Args:
@@ -103,7 +108,6 @@ class ToMeKth(Reducer):
 
     k: int = 2
     layer: int = 0
-    prop_attn: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 2:
@@ -114,14 +118,6 @@ class ToMeKth(Reducer):
         if given:
             raise ParameterError(f"tome_kth takes no {given[0]}; its budget is k={self.k}.")
         super().__post_init__()
-
-    @property
-    def needs(self) -> tuple[Signal, ...]:
-        return (Signal.KEY,)
-
-    @property
-    def proportional(self) -> bool:
-        return self.prop_attn
 
     def layers(self, depth: int) -> range:
         return range(self.layer, min(self.layer + 1, depth))
