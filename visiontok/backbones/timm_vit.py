@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class PatchedAttention:
 
 def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, dict[str, Callable[[], Any]]]:
     bias = state.key_bias(_bias_dtype(attn, x))
-    if not isinstance(attn, PatchedAttention):
+    if not issubclass(type(attn), PatchedAttention):
         return attn(x, attn_mask=bias), {}
     tap = _Tap()
     y = attn(x, attn_mask=bias, tap=tap)
@@ -190,7 +190,7 @@ class PatchedViT:
             # A token counts as often as it has members, so the restored sequence gives the exact pool.
             return super().pool(state.restore(x, "nearest"), pool_type)  # type: ignore[misc]
         bias = state.changed(proportional=True).key_bias(_bias_dtype(self.attn_pool, x))
-        return self.attn_pool(x[:, skip:], attn_mask=bias[..., skip:])
+        return self.attn_pool(x[:, skip:], attn_mask=None if bias is None else bias[..., skip:])
 
     def forward_intermediates(
         self: Any,
@@ -243,7 +243,7 @@ class TimmViT(Backbone):
     name = "timm_vit"
     library = "timm"
     hosts = ("timm.models.vision_transformer.VisionTransformer",)
-    provides: Mapping[Site, frozenset[Signal]] = {Site.MID: _HAVE, Site.PRE: _HAVE}
+    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {Site.MID: _HAVE, Site.PRE: _HAVE}
 
     def blocks(self, model: Any) -> list[Block]:
         return [Block(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
@@ -310,7 +310,8 @@ class TimmViT(Backbone):
             image = torch.randn(2, 3, 32, 32)
             for key, options in variants.items():
                 made[key] = (vit.VisionTransformer(**small, **options).eval(), image)
-            for block in made["qk_norm"][0].blocks:
+            gated: Any = made["qk_norm"][0]
+            for block in gated.blocks:
                 if hasattr(block.attn, "gate"):
                     block.attn.gate = nn.Linear(small["embed_dim"], block.attn.attn_dim)
             made["distilled"] = (deit.VisionTransformerDistilled(**small).eval(), image)

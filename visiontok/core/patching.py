@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from visiontok.core.backbone import Swap
+from visiontok.core.backbone import Swap, own_class
 from visiontok.errors import AlreadyPatchedError, IncompatibleError, NotPatchedError
 
 __all__ = ["detached", "install", "is_patched", "remove", "subclass"]
@@ -37,7 +37,7 @@ class Patched:
 
 def _rebuild(mixin: type, base: type) -> Any:
     cls = subclass(mixin, base)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def subclass(mixin: type, base: type) -> type:
@@ -98,7 +98,7 @@ def install(swaps: Sequence[Swap]) -> None:
             done.append(module)
     except BaseException:
         for module in done:
-            _swap(module, type(module)._visiontok_base)
+            _swap(module, own_class(module))
         raise
 
 
@@ -121,7 +121,7 @@ def remove(modules: Sequence[nn.Module]) -> None:
                 "that first."
             )
     for module in modules:
-        _swap(module, type(module)._visiontok_base)
+        _swap(module, own_class(module))
         vars(module).pop(ATTRIBUTE, None)
 
 

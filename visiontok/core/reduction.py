@@ -119,12 +119,13 @@ class Reduction:
         if not self._modules:
             raise NotPatchedError("this reduction is not in place any more; patch again.")
         targets = self.reducers
-        if len(targets) > 1:
+        if len(targets) != 1:
             raise ParameterError(
                 f"set(...) is ambiguous with {len(targets)} reducers ({', '.join(r.name for r in targets)}); unpatch "
                 "and patch with the new list."
             )
-        changed = (targets[0].replaced(**params),)
+        (target,) = targets
+        changed = (target.replaced(**params),)
         plan = bind(changed, self.backbone, self.model, _Gauge(self.model, self.backbone))
         self.reducers, self.plan = changed, plan
         # Notes of earlier forwards, in any thread, belong to the old plan.

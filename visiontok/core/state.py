@@ -227,15 +227,16 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     Raises:
         ParameterError: The token counts of map, x and state differ.
     """
-    streams = x if isinstance(x, tuple) else (x,)
+    streams: tuple[Tensor, ...] = x if isinstance(x, tuple) else (x,)
     for stream in streams:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
-    if tm.merges_by_size and len(streams) == 1:
-        reduced_one, size = merging.merge_mean(streams[0], state.size, tm.assign, tm.K)
+    first, alone = streams[0], len(streams) == 1
+    if tm.merges_by_size and alone:
+        reduced_one, size = merging.merge_mean(first, state.size, tm.assign, tm.K)
         return (reduced_one,) if isinstance(x, tuple) else reduced_one, state.advance(tm, size)
-    if len(streams) > 1 and merging.uses_groups(streams[0]):
+    if not alone and merging.uses_groups(first):
         tm.share_groups()
-    size = tm.sizes(state.size, streams[0].dtype)
-    reduced = tuple(tm.reduce(stream, state.size, size) for stream in streams)
-    return (reduced if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)
+    size = tm.sizes(state.size, first.dtype)
+    reduced = [tm.reduce(stream, state.size, size) for stream in streams]
+    return (tuple(reduced) if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)

@@ -133,5 +133,6 @@ class ToMeKth(_KeyMerger):
             return None
         metric = head_sum(signals.KEY.detach())[:, state.prefix :]
         match = matching.every_kth(metric, self.k, drop_tail=self.compat == "official")
-        tm = TokenMap.merge(*(part + state.prefix for part in match), state.prefix, length=state.n)
+        src, dst, order = (part + state.prefix for part in match)
+        tm = TokenMap.merge(src, dst, order, state.prefix, length=state.n)
         return tm
