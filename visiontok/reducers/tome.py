@@ -134,5 +134,4 @@ class ToMeKth(_KeyMerger):
         metric = head_sum(signals.KEY.detach())[:, state.prefix :]
         match = matching.every_kth(metric, self.k, drop_tail=self.compat == "official")
         src, dst, order = (part + state.prefix for part in match)
-        tm = TokenMap.merge(src, dst, order, state.prefix, length=state.n)
-        return tm
+        return TokenMap.merge(src, dst, order, state.prefix, length=state.n)
