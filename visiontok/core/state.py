@@ -238,5 +238,5 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     if not alone and merging.uses_groups(first):
         tm.share_groups()
     size = tm.sizes(state.size, first.dtype)
-    reduced = [tm.reduce(stream, state.size, size) for stream in streams]
+    reduced = [tm.reduce(stream, state.size) for stream in streams]
     return (tuple(reduced) if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)

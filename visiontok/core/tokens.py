@@ -197,13 +197,12 @@ class TokenMap:
             return None
         return torch.arange(self.K, device=self.assign.device) < self.counts.unsqueeze(1)
 
-    def reduce(self, x: Tensor, size: Tensor | None = None, total: Tensor | None = None) -> Tensor:
+    def reduce(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         """Values of the slots.
 
         Args:
             x: (B, N, C).
             size: (B, N, 1) token sizes, or None for all ones.
-            total: (B, K, 1) `self.sizes(size)` if it is at hand; saves summing the default weights again.
 
         Returns:
             (B, K, C) in x.dtype; sums are accumulated in fp32 (fp64 for fp64).
@@ -226,8 +225,7 @@ class TokenMap:
         if self.mode == "sum":
             total = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._grouped)
             return total.to(x.dtype)
-        known = total if self.weight is None and self.mass is None and self.counts is None else None
-        weight = self._share(x, weight, complete, known)
+        weight = self._share(x, weight, complete)
         mean = merging.segment_sum(x, self.assign, self.K, weight, complete=complete, groups=self._grouped)
         mean = mean if mean.dtype == x.dtype else mean.to(x.dtype)
         return mean if self.mode == "mean" else self._rescaled(mean, x)
@@ -329,17 +327,12 @@ class TokenMap:
     def _ones(self, dtype: torch.dtype) -> Tensor:
         return torch.ones(self.assign.shape, dtype=dtype, device=self.assign.device)
 
-    def _share(self, x: Tensor, weight: Tensor | None, complete: bool, total: Tensor | None) -> Tensor:
+    def _share(self, x: Tensor, weight: Tensor | None, complete: bool) -> Tensor:
         wide = wide_dtype(x.dtype)
         index = self.assign if complete else self.assign.clamp_min(0)
-        if total is not None:
-            part = total.squeeze(-1).gather(1, index)
-            # Sizes are at least one but for padding, whose share must not become 0 / 0.
-            share = part.reciprocal_() if weight is None else weight / part.clamp_min_(_TINY)
-        else:
-            weight = self._ones(wide) if weight is None else weight.to(wide)
-            total = merging.segment_count(weight, self.assign, self.K, complete=complete)
-            share = weight / total.clamp_min(_TINY).gather(1, index)
+        weight = self._ones(wide) if weight is None else weight.to(wide)
+        total = merging.segment_count(weight, self.assign, self.K, complete=complete)
+        share = weight / total.clamp_min(_TINY).gather(1, index)
         # A dropped token has no slot; a share of infinity in an empty one would make its gradient NaN.
         return share if complete else share.masked_fill(self.assign < 0, 0)
 
