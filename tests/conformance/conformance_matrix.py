@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import visiontok as vt
 from visiontok import backbones, reducers
+from visiontok.core.reducer import Build, Reducer
 from visiontok.core.reduction import Reduction
+from visiontok.ops.attention import Votes
 
 BUDGETS: tuple[dict[str, Any], ...] = ({"r": 2}, {"keep": 0.7})
 
@@ -169,6 +171,17 @@ def close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-10) -> None:
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+def make_module(reducer: Reducer, layer: int, patches: int, prefix: int, removed: int, dtype: torch.dtype) -> Any:
+    """The learned part of a point over the tokens that `make_signal` makes, or None."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        build = Build(
+            reducer.site, layer, 4, 8, 2, patches, patches - removed, prefix, class_token=torch.zeros(1, 1, 8)
+        )
+        module = reducer.modules(build)
+    return None if module is None else module.to(dtype).eval()
+
+
 def make_signal(name: str, batch: int, tokens: int, prefix: int, grid: tuple[int, int], dtype: torch.dtype) -> Any:
     """A random signal of the shape that ARCHITECTURE §3 gives it."""
     noise = torch.Generator().manual_seed(tokens * 131 + prefix * 17 + len(name))
@@ -185,6 +198,7 @@ def make_signal(name: str, batch: int, tokens: int, prefix: int, grid: tuple[int
         "ATTN_PREFIX": lambda: draw(batch, 2, prefix, tokens).softmax(dim=-1),
         "ATTN_LAST": lambda: draw(batch, 2, 1, tokens).softmax(dim=-1),
         "ATTN": lambda: draw(batch, 2, tokens, tokens).softmax(dim=-1),
+        "ATTN_VOTE": lambda: Votes(draw(batch, 2, tokens, 4), draw(batch, 2, tokens, 4), 0.5),
         "GRID": lambda: grid,
     }
     if name not in makers:

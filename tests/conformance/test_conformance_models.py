@@ -27,6 +27,7 @@ from torch import Tensor
 import visiontok as vt
 from visiontok import backbones
 from visiontok.core.runtime import LayerTrace
+from visiontok.core.signals import Site
 from visiontok.errors import ParameterError
 
 FAR_TOO_MANY = 10**6
@@ -47,6 +48,19 @@ def sized(step: LayerTrace) -> Tensor:
     """(B, K) sizes after a step, None spelled out."""
     shape = (step.origin.shape[0], step.tokens)
     return torch.ones(shape, dtype=torch.float64) if step.size is None else step.size.squeeze(-1).double()
+
+
+def ragged(red: Any) -> bool:
+    return any(part.ragged for reducer in red.reducers for part in reducer.parts())
+
+
+def check_tokens(red: Any) -> None:
+    """The plan is exact, or for counts that depend on the data an upper bound."""
+    if ragged(red):
+        assert len(red.tokens) == len(red.plan.tokens)
+        assert all(n <= cap for n, cap in zip(red.tokens, red.plan.tokens))
+    else:
+        assert red.tokens == red.plan.tokens
 
 
 def each_budget(case: Case) -> Iterator[tuple[dict[str, Any], list[LayerTrace], Any]]:
@@ -91,11 +105,11 @@ def test_c1_restored_after_a_real_reduction(case: Case) -> None:
 
 def test_c2_counts_equal_the_plan(case: Case) -> None:
     for _, trace, red in each_budget(case):
-        assert red.tokens == red.plan.tokens
-        acting = [point for point in red.plan.points if point.before != point.after]
-        assert [(point.layer, point.site, point.after) for point in acting] == [
-            (step.layer, step.site, step.tokens) for step in trace
-        ]
+        check_tokens(red)
+        acting = [point for point in red.plan.points if point.before != point.after and not point.undo]
+        assert [(point.layer, point.site) for point in acting] == [(step.layer, step.site) for step in trace]
+        if not ragged(red):
+            assert [point.after for point in acting] == [step.tokens for step in trace]
 
 
 def test_c2_far_too_large_budgets_stop_at_the_limit(case: Case) -> None:
@@ -103,10 +117,11 @@ def test_c2_far_too_large_budgets_stop_at_the_limit(case: Case) -> None:
         pytest.skip(f"{case.reducer} takes no r")
     with case.patched(r=FAR_TOO_MANY) as red:
         assert all(torch.isfinite(y).all() for y in run(case.model, case.inputs))
-        assert red.tokens == red.plan.tokens
+        check_tokens(red)
         assert min(red.tokens) >= red.plan.prefix
         for point in red.plan.points:
-            assert 0 <= point.before - point.after <= point.reducer.limit(point.before - red.plan.prefix)
+            if not point.undo:
+                assert 0 <= point.before - point.after <= point.reducer.limit(point.before - red.plan.prefix)
 
 
 def test_c2_short_lists_are_padded_and_long_ones_refused(case: Case) -> None:
@@ -114,9 +129,10 @@ def test_c2_short_lists_are_padded_and_long_ones_refused(case: Case) -> None:
         pytest.skip(f"{case.reducer} takes no r")
     with case.patched(r=[1]) as red:
         run(case.model, case.inputs)
-        assert red.tokens == red.plan.tokens
-        assert all(point.before == point.after for point in red.plan.points[1:])
-        points = len(red.plan.points)
+        check_tokens(red)
+        made = [point for point in red.plan.points if not point.undo]
+        assert all(point.before == point.after for point in made[1:])
+        points = len(made)
     with pytest.raises(ParameterError, match=f"r has {points + 1} entries but the model has {points} points"):
         vt.patch(case.model, case.reducer, r=[1] * (points + 1))
     assert not hasattr(case.model, "_visiontok")
@@ -215,7 +231,11 @@ def test_c10_nan_in_one_sample_stays_there(case: Case) -> None:
         origins = [step.origin for step in red.trace]
         found = run(red.model, poisoned(clean))
         assert any(y[0].isnan().any() for y in found)
-        assert same([y[1:] for y in found], [y[1:] for y in expected])
+        if ragged(red):
+            # The length of the batch, and with it the order of sums, may change; the values may not.
+            close([y[1:] for y in found], [y[1:] for y in expected], 1e-12)
+        else:
+            assert same([y[1:] for y in found], [y[1:] for y in expected])
         for step, origin in zip(red.trace, origins):
             assert torch.equal(step.origin[1:], origin[1:])
             assert (step.origin < step.tokens).all()
@@ -273,12 +293,15 @@ def test_c13_schedules_sum_and_never_grow(case: Case) -> None:
     for budget in case.budgets():
         with case.patched(**budget) as red:
             plan = red.plan
-        removed = [point.before - point.after for point in plan.points]
+        made = [point for point in plan.points if not point.undo]
+        removed = [point.before - point.after for point in made]
         assert all(r >= 0 for r in removed)
-        assert plan.tokens == sorted(plan.tokens, reverse=True)
-        assert plan.length - plan.tokens[-1] == sum(removed)
-        if "r" in budget:
-            limits = [point.reducer.limit(point.before - plan.prefix) for point in plan.points]
+        assert sum(removed) > 0 or case.reducer == "identity"
+        if len(made) == len(plan.points):
+            assert plan.tokens == sorted(plan.tokens, reverse=True)
+            assert plan.length - plan.tokens[-1] == sum(removed)
+        if "r" in budget and not made[0].reducer.grid_preserving:
+            limits = [point.reducer.limit(point.before - plan.prefix) for point in made]
             assert removed == [min(budget["r"], limit) for limit in limits]
 
 
@@ -291,8 +314,13 @@ def test_training_reaches_every_parameter_that_the_model_alone_reaches(case: Cas
         return found
 
     plain = reached(case.inputs)
-    with case.patched():
-        assert reached(case.inputs) == plain
+    with case.patched() as red:
+        headed = any(part.site is Site.HEAD for reducer in red.reducers for part in reducer.parts())
+        unused = {name for name in plain if headed and name.split(".")[0] in ("norm", "fc_norm", "head", "head_dist")}
+        found = reached(case.inputs)
+        assert plain - unused <= found
+        extra = {name for name, _ in red.model.named_parameters() if "visiontok" in name.split(".")}
+        assert found - plain == (extra if red.reducers[0].trainable else set())
 
 
 def test_examples_are_the_same_every_time() -> None:

@@ -141,7 +141,7 @@ def test_parse_keep_refuses(keep: Any, message: str) -> None:
 
 def test_longer_list_is_cut_only_with_compat() -> None:
     assert parse_r([1, 2, 3, 4], 3, compat="official") == [1, 2, 3, 4]
-    assert resolve([1, 2, 3, 4], None, 3, compat="official") == (Budget(1), Budget(2), Budget(3))
+    assert resolve([1, 2, 3, 4], None, range(3), compat="official") == (Budget(1), Budget(2), Budget(3))
     assert list(vt.reducers.ToMe(r=[1, 2, 3], compat="official").budgets(2).values()) == [Budget(1), Budget(2)]
     with pytest.raises(ParameterError, match="3 entries but the model has 2"):
         vt.reducers.ToMe(r=[1, 2, 3]).budgets(2)
@@ -159,7 +159,7 @@ def test_pitome_counts_ratio_as_a_budget() -> None:
     with pytest.raises(ParameterError, match="give one budget, got 2"):
         vt.reducers.create("pitome", ratio=0.9, r=3)
     with pytest.raises(ParameterError, match="give r or keep, not both"):
-        resolve(1, 0.5, 3)
+        resolve(1, 0.5, range(3))
     for bad in (0, 0.0, -0.5, 1.5, math.nan, True, "0.9"):
         with pytest.raises(ParameterError, match=r"ratio must be in \(0, 1\]"):
             vt.reducers.create("pitome", ratio=bad)
@@ -177,11 +177,11 @@ def test_targets_must_be_positive_numbers(name: str, bad: Any) -> None:
 
 def test_sparse_budgets_are_keyed_by_layer() -> None:
     # A method that acts between blocks starts at layer 1.
-    assert resolve({3: 5}, None, 4, first=1) == (Budget(), Budget(), Budget(5), Budget())
+    assert resolve({3: 5}, None, range(1, 5)) == (Budget(), Budget(), Budget(5), Budget())
     with pytest.raises(ParameterError, match=r"r names layers \[0\], which are no points of this model \(1 … 4\)"):
-        resolve({0: 5}, None, 4, first=1)
+        resolve({0: 5}, None, range(1, 5))
     with pytest.raises(ParameterError, match=r"keep names layers \[5\]"):
-        resolve(None, {5: 0.5}, 4, first=1)
+        resolve(None, {5: 0.5}, range(1, 5))
 
 
 @pytest.mark.parametrize("bad", [{10**9: 1}, {10**30: 1}, {-(10**9): 1}])

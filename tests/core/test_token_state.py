@@ -68,8 +68,9 @@ def test_apply_moves_values_sizes_and_origin() -> None:
     assert (state.n, state.n0) == (3, 6)
     z, last = vt.apply(DROP, y, state)
     assert last.origin.tolist() == [[0, -1, -1, 1, 1, 1], [1, 1, 0, 0, -1, -1]]
-    assert last.origin_after(1).tolist() == MERGE.assign.tolist()
-    assert last.origin_after(0).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    marked = last.changed(marks=(state.trail, ()))
+    assert marked.origin_at(0).tolist() == MERGE.assign.tolist()
+    assert marked.origin_at(1).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert last.size.squeeze(-1).tolist() == [[1, 3], [2, 2]]
     assert torch.equal(z[1], y[1, [1, 0]])
     # Sizes count the original tokens that each slot holds.
@@ -259,7 +260,7 @@ def test_to_moves_every_tensor() -> None:
     extra = {"carry": {"a": torch.ones(2, 6)}, "memo": {"b": torch.ones(1), "c": "text"}, "stash": torch.ones(2, 1, 2)}
     _, state = vt.apply(MERGE, hidden(), start(positions=torch.ones(2, 6, 1), **extra))
     moved = state.to(torch.device("meta"))
-    tensors = [moved.size, moved.positions, moved.stash, moved.carry["a"], moved.memo["b"], *moved.trail]
+    tensors = [moved.size, moved.positions, moved.stash, moved.carry["a"], moved.memo["b"], *(step.assign for step in moved.trail)]
     assert all(tensor.is_meta for tensor in tensors)
     assert moved.memo["c"] == "text"
     assert moved.device == torch.device("meta")

@@ -19,6 +19,8 @@ from visiontok.core.tokens import TokenMap
 from visiontok.ops import matching
 from visiontok.reducers.pitome import PiToMe
 
+ATOL32 = 3e-4
+
 # Names of the released patches in the golden files, and of the presets that follow them.
 PRESETS = {name: name for name in ("deit", "mae", "clip", "blip", "blip2")} | {"aug": "augreg", "clip_hf": "llava"}
 # Patches of models that visiontok does not reduce (text encoders).

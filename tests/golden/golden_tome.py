@@ -12,6 +12,7 @@ from torch import Tensor
 
 import visiontok as vt
 from visiontok.core.schedule import parse_r
+from visiontok.core.state import Moved
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
 from visiontok.ops import matching
@@ -63,7 +64,7 @@ def bipartite(case: Case) -> None:
     places = x if origin is None else x.new_zeros(len(x), origin.shape[2], 1)
     state = vt.TokenState.initial(places, prefix=prefix)
     if origin is not None:
-        state = state.changed(n=length, trail=(origin.argmax(dim=1),))
+        state = state.changed(n=length, trail=(Moved(origin.argmax(dim=1)),))
     state = state.changed(size=case.given("size"))
     effective = max(min(params["r"], (length - prefix) // 2), 0)
     assert effective == params["effective_r"]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-import golden_pitome
-import golden_tome
 import pytest
 from golden_case import BUNDLED, Case, discover, flat, golden_folder, implemented_names
 
-RUNNERS: dict[str, dict[str, Callable[[Case], None]]] = {
-    "tome": {"op": golden_tome.run_op, "model": golden_tome.run_model},
-    "pitome": {"op": golden_pitome.run_op, "model": golden_pitome.run_model},
+# `golden_<method>.py` runs the files of a method: `run_op` and `run_model`, optionally `ATOL32` and
+# `missing_backbone(case)`, the family that a golden model needs and the package lacks.
+_MODULES = {
+    path.stem.removeprefix("golden_"): importlib.import_module(path.stem)
+    for path in sorted(Path(__file__).parent.glob("golden_*.py"))
+    if path.stem not in ("golden_case", "golden_models")
 }
-# Families that a golden model needs and the package lacks, by method.
-MISSING: dict[str, Callable[[Case], str | None]] = {"pitome": golden_pitome.missing_backbone}
-ATOL32 = {"pitome": 3e-4}
+RUNNERS: dict[str, dict[str, Callable[[Case], None]]] = {
+    method: {level: getattr(module, f"run_{level}") for level in ("op", "model") if hasattr(module, f"run_{level}")}
+    for method, module in _MODULES.items()
+}
 EXPECTED_SKIPS: dict[str, str] = json.loads((Path(__file__).parent / "skips.json").read_text())
 
 CASES = discover(golden_folder())
@@ -27,7 +30,8 @@ def skip_reason(case: Case) -> tuple[str, str] | None:
     """`(key, reason)` if the case cannot run yet: its method, or the model family that it needs, is not there."""
     if case.method not in RUNNERS and flat(case.method) not in implemented_names():
         return case.method, f"method {case.method} is not implemented yet"
-    family = MISSING[case.method](case) if case.method in MISSING else None
+    missing = getattr(_MODULES.get(case.method), "missing_backbone", None)
+    family = None if missing is None else missing(case)
     if family is None:
         return None
     return f"{case.method}/{case.params['patch']}", f"needs a backbone that does not exist yet: {family}"
@@ -37,7 +41,7 @@ def run(case: Case) -> None:
     """Compares every `out.*` tensor of a case; an implemented method without a runner fails."""
     runner = RUNNERS.get(case.method, {}).get(case.level)
     assert runner is not None, f"method {case.method} is implemented, but nothing runs its {case.level} files"
-    case.atol32 = ATOL32.get(case.method, case.atol32)
+    case.atol32 = getattr(_MODULES[case.method], "ATOL32", case.atol32)
     runner(case.load())
     case.finish()
 

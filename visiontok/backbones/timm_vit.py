@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
-from visiontok.core.runtime import Stage, carry_state, hint_grid, state_of
-from visiontok.core.signals import Signal, Site
+from visiontok.core.runtime import Stage, attach_state, carry_state, hint_grid, state_of
+from visiontok.core.signals import ATTENTION, Offers, Signal, Site, attention_offers
 from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
+from visiontok.ops.attention import Votes
 from visiontok.ops.constants import wide_dtype
-from visiontok.ops.restoring import restore
 
 __all__ = ["TimmViT"]
 
@@ -29,8 +29,7 @@ _ATTENTION_FORWARDS = (
     "timm.models.vision_transformer.Attention.forward",
 )
 
-_FROM_ATTENTION = frozenset({Signal.KEY, Signal.QUERY, Signal.VALUE})
-_HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | _FROM_ATTENTION
+_HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | ATTENTION
 
 
 class _Tap:
@@ -49,9 +48,7 @@ class PatchedAttention:
     ) -> Tensor:
         if tap is None:
             return super().forward(x, attn_mask, *args, **kwargs)  # type: ignore[misc]
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._visiontok_qkv(x)
         dropout = self.attn_drop.p if self.training else 0.0
         if self.fused_attn:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
@@ -66,14 +63,32 @@ class PatchedAttention:
         tap.q, tap.k, tap.v = q, k, v
         return self.proj_drop(self.proj(y))
 
+    def _visiontok_qkv(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
 
-def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, dict[str, Callable[[], Any]]]:
+
+def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, Offers]:
     bias = state.key_bias(_bias_dtype(attn, x))
     if not issubclass(type(attn), PatchedAttention):
         return attn(x, attn_mask=bias), {}
     tap = _Tap()
     y = attn(x, attn_mask=bias, tap=tap)
-    return y, {"QUERY": lambda: tap.q, "KEY": lambda: tap.k, "VALUE": lambda: tap.v}
+    return y, attention_offers(lambda: (tap.q, tap.k, tap.v), attn.scale, bias, state.prefix)
+
+
+def _ahead(attn: Any, normed: Callable[[], Tensor], state: TokenState) -> Offers:
+    """The signals of an attention that has not run, at the price of its projection."""
+    if not issubclass(type(attn), PatchedAttention):
+        return {}
+    made: list[Any] = []
+
+    def read() -> tuple[Tensor, Tensor, Tensor]:
+        if not made:
+            made.append(attn._visiontok_qkv(normed()))
+        return made[0]
+
+    return attention_offers(read, attn.scale, state.key_bias(torch.float32), state.prefix)
 
 
 def _bias_dtype(attn: Any, x: Tensor) -> torch.dtype:
@@ -90,8 +105,8 @@ class PatchedBlock:
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         stage: Stage = self._visiontok
         state = stage.enter(x)
-        if stage.first:
-            x, state = stage.before(x, state)
+        if stage.opens:
+            x, state = stage.before(x, state, self._visiontok_ahead(x, state))
         idle = stage.idle(state)
         masked = attn_mask is not None or bool(kwargs.get("is_causal"))
         if idle and not (masked and state.trail):
@@ -108,6 +123,9 @@ class PatchedBlock:
 
 
 class _PreNormBlock(PatchedBlock):
+    def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
+        return _ahead(self.attn, lambda: self.norm1(x), state)
+
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
         y, offered = _attend(self.attn, self.norm1(x), state)
         x = x + self.drop_path1(self.ls1(y))
@@ -117,6 +135,9 @@ class _PreNormBlock(PatchedBlock):
 
 
 class _ResPostBlock(PatchedBlock):
+    def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
+        return _ahead(self.attn, lambda: x, state)
+
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
         y, offered = _attend(self.attn, x, state)
         x = x + self.drop_path1(self.norm1(y))
@@ -126,6 +147,9 @@ class _ResPostBlock(PatchedBlock):
 
 
 class _ParallelThingsBlock(PatchedBlock):
+    def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
+        return _joined([_ahead(branch.attn, lambda b=branch: b.norm(x), state) for branch in self.attns])
+
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
         ran = [(branch, *_attend(branch.attn, branch.norm(x), state)) for branch in self.attns]
         x = x + torch.stack([branch.drop_path(branch.ls(y)) for branch, y, _ in ran]).sum(dim=0)
@@ -135,9 +159,11 @@ class _ParallelThingsBlock(PatchedBlock):
         return x, after, offered if after is state else {}
 
 
-def _joined(branches: list[dict[str, Callable[[], Any]]]) -> dict[str, Callable[[], Any]]:
+def _joined(branches: list[Offers]) -> Offers:
     # Parallel attentions count as one with all their heads.
-    def join(name: str) -> Callable[[], Tensor]:
+    def join(name: str) -> Callable[[], Any]:
+        if name == "ATTN_VOTE":
+            return lambda: Votes.joined([branch[name]() for branch in branches])
         return lambda: torch.cat([branch[name]() for branch in branches], dim=1)
 
     return {name: join(name) for name in branches[0]}
@@ -163,9 +189,14 @@ class PatchedViT:
     def forward_features(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
         fill, state = self._visiontok.restore_fill, state_of(y)
-        return y if fill is None or state is None else state.restore(y, fill)
+        return y if state is None else attach_state(*state.whole(y, fill))
 
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        state = state_of(x)
+        if state is not None and not pre_logits:
+            output = self._visiontok.readout(state.memo)
+            if output is not None:
+                return output
         y = super().forward_head(x, pre_logits)  # type: ignore[misc]
         # Without pool and head the features themselves come out; their state must not.
         return y if state_of(y) is None else y.view_as(y)
@@ -217,7 +248,7 @@ class PatchedViT:
             height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             features = [y.transpose(1, 2).unflatten(2, (height, width)).contiguous() for y in features]
         prefixes = [prefix for _, prefix in pairs] if self.num_prefix_tokens and return_prefix_tokens else None
-        final = final if state is None or self._visiontok.restore_fill is None else state.restore(final, fill)
+        final = final if state is None else state.whole(final, self._visiontok.restore_fill)[0]
         if output_dict:
             out = {"image_intermediates": features}
             out.update({} if prefixes is None else {"image_intermediates_prefix": prefixes})
@@ -233,8 +264,9 @@ class PatchedViT:
             return spatial
         layers, _ = feature_take_indices(len(self.blocks), indices)
         skip = self.num_prefix_tokens
-        origins = [state.origin_after(state.marks[layer])[:, skip:] for layer in layers]
-        return [restore(y, (origin - skip).clamp_min(-1), fill) for y, origin in zip(spatial, origins)]
+        # The prefix is in no feature map, but the way back is over the whole sequence.
+        whole = [y if skip == 0 else torch.cat((lead, y), dim=1) for y, lead in pairs]
+        return [state.restore_at(layer, y, fill)[:, skip:] for layer, y in zip(layers, whole)]
 
 
 class TimmViT(Backbone):
@@ -243,7 +275,12 @@ class TimmViT(Backbone):
     name = "timm_vit"
     library = "timm"
     hosts = ("timm.models.vision_transformer.VisionTransformer",)
-    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {Site.MID: _HAVE, Site.PRE: _HAVE}
+    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {
+        Site.MID: _HAVE,
+        Site.PRE: _HAVE,
+        Site.AROUND: _HAVE,
+        Site.HEAD: frozenset(),
+    }
 
     def blocks(self, model: Any) -> list[Block]:
         return [Block(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
@@ -258,13 +295,26 @@ class TimmViT(Backbone):
         height, width = model.patch_embed.grid_size
         return int(height), int(width)
 
+    def width(self, model: Any) -> int:
+        return model.embed_dim
+
+    def heads(self, model: Any) -> int:
+        return _attentions(model.blocks[0])[0].num_heads
+
+    def classes(self, model: Any) -> int:
+        return model.num_classes
+
+    def class_token(self, model: Any) -> Tensor | None:
+        return getattr(model, "cls_token", None)
+
     def input_size(self, model: Any) -> tuple[int, ...]:
         height, width = model.patch_embed.img_size
         return model.in_chans if hasattr(model, "in_chans") else 3, int(height), int(width)
 
     def signals(self, model: Any, site: Site) -> frozenset[Signal]:
         tapped = all(_tappable(attn) for _, block in self.blocks(model) for attn in _attentions(block))
-        return _HAVE if tapped else _HAVE - _FROM_ATTENTION
+        have = self.provides[site] if tapped else self.provides[site] - ATTENTION
+        return have if model.num_prefix_tokens else have - {Signal.ATTN_PREFIX}
 
     def check(self, model: Any, site: Site) -> None:
         for path, block in self.blocks(model):

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from visiontok.core.signals import Signal, Site
 
@@ -85,6 +85,22 @@ class Backbone(ABC):
     def signals(self, model: nn.Module, site: Site) -> frozenset[Signal]:
         """Signals on offer at a site for this very model."""
         return self.provides.get(site, frozenset())
+
+    def width(self, model: nn.Module) -> int:
+        """C, channels of a token."""
+        raise NotImplementedError
+
+    def heads(self, model: nn.Module) -> int:
+        """Attention heads of a block."""
+        raise NotImplementedError
+
+    def classes(self, model: nn.Module) -> int:
+        """Outputs of the model's head; 0 if it has none."""
+        return 0
+
+    def class_token(self, model: nn.Module) -> Tensor | None:
+        """(1, 1, C) the learned class token, if any."""
+        return None
 
     def input_size(self, model: nn.Module) -> tuple[int, ...]:
         """Shape of one nominal input without the batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,17 +51,35 @@ class Leading(Reducer):
     def proportional(self) -> bool:
         return bool(self.inner and self.inner.proportional)
 
-    def layers(self, depth: int) -> range:
+    @property
+    def grid_preserving(self) -> bool:  # type: ignore[override]
+        return bool(self.inner and self.inner.grid_preserving)
+
+    @property
+    def look(self) -> str:  # type: ignore[override]
+        return self.inner.look if self.inner else "behind"
+
+    def layers(self, depth: int) -> Sequence[int]:
         return self.inner.layers(depth) if self.inner else super().layers(depth)
+
+    def budgets(self, depth: int) -> dict[int, Budget]:
+        # One entry of r per layer of the inner method, wherever those are.
+        return {layer: Budget(r=r) for layer, r in zip(self.layers(depth), self.r or ())}
+
+    def until(self, layer: int, depth: int) -> int | None:
+        return self.inner.until(layer, depth) if self.inner else None
 
     def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
         source = super() if self.inner is None else self.inner
         return source.removed(n, budget, where, prefix)
 
     def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
-        count = state.n - (budget or 0)
-        kept = torch.arange(state.prefix, count, device=state.device).expand(state.batch, -1)
-        return TokenMap.keep(kept, state.n, state.prefix)
+        removed = budget or 0
+        index = torch.arange(state.n - removed, device=state.device).clamp_max(state.n - 1).expand(state.batch, -1)
+        places = torch.arange(state.n, device=state.device).expand(state.batch, -1)
+        grid = None if self.inner is None or not self.inner.grid_preserving else (1, index.shape[1] - state.prefix)
+        assign = torch.where(places < index.shape[1], places, -1)
+        return TokenMap(assign, index.shape[1], anchor=index, grid=grid, form="select")
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

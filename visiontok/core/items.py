@@ -63,6 +63,8 @@ class Items:
             carry={name: self.cut(value) for name, value in state.carry.items()},
             trail=(),
             marks=(),
+            frames=(),
+            stash=None,
         )
 
 

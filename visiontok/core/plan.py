@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from visiontok.core.backbone import Backbone
 from visiontok.core.reducer import Reducer, Where
-from visiontok.core.schedule import Budget, even
-from visiontok.core.signals import Site
+from visiontok.core.runtime import free_of_attention
+from visiontok.core.schedule import Budget
+from visiontok.core.signals import Signal, Site
+from visiontok.core.targets import Measure, solve
 from visiontok.errors import IncompatibleError, ParameterError
 
 __all__ = ["Plan", "Point", "Support", "bind", "support"]
@@ -48,6 +50,8 @@ class Point:
         before: Tokens before, for the nominal input, prefix included.
         after: Tokens after.
         skipped: Why nothing happens here, or an empty string.
+        undo: Whether a span ends here instead of a reduction being made.
+        order: Place among points at the same spot.
     """
 
     site: Site
@@ -58,6 +62,22 @@ class Point:
     before: int
     after: int
     skipped: str = ""
+    undo: bool = False
+    order: int = 0
+
+    @property
+    def block(self) -> int:
+        """The block that runs it. PRE k is run by block k - 1, so that it has that block's signals, unless the reducer
+        looks ahead; PRE 0 by block 0."""
+        ahead = self.reducer.look == "ahead" and not self.undo
+        return self.layer if self.site is Site.MID or ahead else max(self.layer - 1, 0)
+
+    @property
+    def place(self) -> str:
+        """Where in that block: `HERE`, `MID` or `NEXT`."""
+        if self.site is Site.MID:
+            return "MID"
+        return "HERE" if self.block == self.layer and not self.undo else "NEXT"
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,7 @@ class Plan:
         out, now = [], self.length
         for block in range(self.depth):
             for point in self.points:
-                if _runs_in(point) == block:
+                if point.block == block:
                     now = point.after
             out.append(now)
         return out
@@ -112,17 +132,23 @@ class Plan:
         }  # fmt: skip
 
 
-def _runs_in(point: Point) -> int:
-    # PRE k is run by block k - 1, so that it has that block's signals; PRE 0 by block 0.
-    return point.layer if point.site is Site.MID else max(point.layer - 1, 0)
-
-
 def support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
-    """Whether `backbone` offers the reducer's site and signals in this model."""
+    """Whether `backbone` offers the site and signals of a reducer, and of its parts, in this model."""
+    for part in reducer.parts():
+        fits = _support(part, backbone, model)
+        if not fits:
+            return fits
+    return Support(True)
+
+
+def _support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
     offered = backbone.provides
     if reducer.site not in offered:
         sites = ", ".join(str(site) for site in offered)
         return Support(False, f"{reducer.name} acts at site {reducer.site}; {backbone.name} has {sites}.")
+    if backbone.grid_only and not reducer.grid_preserving:
+        reason = "blocks use windows or relative positions, so only reducers that keep a grid can be used"
+        return Support(False, f"{backbone.name}'s {reason}; {reducer.name} does not.")
     try:
         backbone.check(model, reducer.site)
     except IncompatibleError as error:
@@ -130,7 +156,10 @@ def support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
     have = backbone.signals(model, reducer.site)
     missing = tuple(str(signal) for signal in reducer.needs if signal not in have)
     if missing:
-        return Support(False, f"{backbone.name} does not offer {', '.join(missing)} at {reducer.site}.", missing)
+        why = f"{backbone.name} does not offer {', '.join(missing)} at {reducer.site} in this model"
+        if str(Signal.ATTN_PREFIX) in missing and backbone.prefix(model) == 0:
+            why += f": it has no class token, and {reducer.name} ranks tokens by the class token's attention"
+        return Support(False, f"{why}.", missing)
     return Support(True)
 
 
@@ -138,12 +167,12 @@ def bind(
     reducers: Sequence[Reducer],
     backbone: Backbone,
     model: nn.Module,
-    measure: Callable[[Reducer, list[int]], float] | None = None,
+    measure: Measure | None = None,
 ) -> Plan:
     """Fixes where each reducer acts and how much it removes there.
 
     Args:
-        reducers: In the order of use; the same (site, layer) twice is refused.
+        reducers: In the order of use; the same (site, layer) twice is refused, except within a composite.
         backbone: The model's family.
         model: The model.
         measure: GMACs of the model when a reducer removes given numbers of tokens at its points; for `gflops`.
@@ -154,93 +183,79 @@ def bind(
     """
     blocks = backbone.blocks(model)
     depth, length, prefix = len(blocks), backbone.length(model), backbone.prefix(model)
-    if len(reducers) > 1 and any(reducer.gflops is not None for reducer in reducers):
+    parts = [(reducer, part) for reducer in reducers for part in reducer.parts()]
+    if len(parts) > 1 and any(part.gflops is not None for _, part in parts):
         raise ParameterError("gflops is a target for the whole model and needs a single reducer; give r or keep.")
-    wanted: dict[tuple[int, bool], tuple[Reducer, Budget]] = {}
-    for reducer in reducers:
-        fits = support(reducer, backbone, model)
+    wanted: list[Point] = []
+    owners: dict[tuple[int, int], Reducer] = {}
+    for order, (owner, part) in enumerate(parts):
+        fits = support(part, backbone, model)
         if not fits:
-            raise IncompatibleError(f"{reducer.name} cannot be used on {type(model).__name__}: {fits.reason}")
-        for layer, budget in _budgets(reducer, depth, length - prefix, measure).items():
-            key = (layer, reducer.site is Site.MID)
-            if key in wanted:
-                other = wanted[key][0].name
+            raise IncompatibleError(f"{part.name} cannot be used on {type(model).__name__}: {fits.reason}")
+        if part.site is Site.HEAD:
+            continue
+        for layer, budget in solve(part, depth, length - prefix, measure).items():
+            _check_place(part, layer, depth)
+            point = Point(part.site, layer, "", part, budget, 0, 0, order=order)
+            other = owners.setdefault((point.block, _PLACES.index(point.place)), owner)
+            if other is not owner:
                 raise IncompatibleError(
-                    f"{reducer.name} and {other} both act at ({reducer.site}, layer {layer}); give one of them other "
+                    f"{owner.name} and {other.name} both act at ({part.site}, layer {layer}); give one of them other "
                     "layers."
                 )
-            wanted[key] = (reducer, budget)
-    points, now = [], length
-    for layer, at_mid in sorted(wanted):
-        reducer, budget = wanted[layer, at_mid]
-        after = now - reducer.removed(now - prefix, budget, Where(layer, depth), prefix)
-        path = blocks[layer if at_mid else max(layer - 1, 0)].path
-        note = "" if after < now else "nothing to remove"
-        points.append(Point(reducer.site, layer, path, reducer, budget, now, after, note))
+            wanted.append(point)
+    points = _counted(sorted(wanted, key=_running_order), depth, length, prefix)
+    named = tuple(replace(point, path=blocks[point.block].path) for point in points)
+    return Plan(backbone.name, type(model).__name__, depth, prefix, length, named)
+
+
+# In the order in which a block comes by them.
+_PLACES = ("HERE", "MID", "NEXT")
+
+
+def _running_order(point: Point) -> tuple[int, int, int]:
+    return point.block, _PLACES.index(point.place), point.order
+
+
+def _check_place(reducer: Reducer, layer: int, depth: int) -> None:
+    allowed = reducer.span(depth)
+    if layer == 0 and reducer.site is not Site.MID and reducer.look != "ahead" and not free_of_attention(reducer):
+        needs = ", ".join(str(signal) for signal in reducer.needs)
+        raise IncompatibleError(f"{reducer.name} at layer 0: no block has run, so there is no {needs} yet.")
+    if not 0 <= layer <= depth or (layer == depth and (reducer.site is Site.MID or reducer.look == "ahead")):
+        raise ParameterError(f"{reducer.name}: layer {layer} does not exist; this model allows {allowed}.")
+
+
+def _counted(wanted: Sequence[Point], depth: int, length: int, prefix: int) -> list[Point]:
+    """The points with their token counts, and the ends of spans between them."""
+    points: list[Point] = []
+    spans: list[tuple[int, Point]] = []
+    now = length
+    for point in wanted:
+        now = _close_spans(spans, points, now, point)
+        reducer = point.reducer
+        after = now - reducer.removed(now - prefix, point.budget, Where(point.layer, depth), prefix)
+        note = "" if after != now or reducer.always else "nothing to remove"
+        points.append(replace(point, before=now, after=after, skipped=note))
+        until = reducer.until(point.layer, depth) if reducer.site is Site.AROUND and after != now else None
+        if until is not None:
+            if not point.layer < until <= depth:
+                raise ParameterError(f"{reducer.name}: a span from layer {point.layer} cannot end at layer {until}.")
+            spans.append((until, points[-1]))
         now = after
-    return Plan(backbone.name, type(model).__name__, depth, prefix, length, tuple(points))
+    _close_spans(spans, points, now, None)
+    return points
 
 
-def _budgets(
-    reducer: Reducer, depth: int, items: int, measure: Callable[[Reducer, list[int]], float] | None
-) -> dict[int, Budget]:
-    if reducer.tokens is None and reducer.gflops is None:
-        return reducer.budgets(depth)
-    layers = reducer.layers(depth)
-    if reducer.tokens is not None:
-        total = _reach_tokens(reducer, layers, depth, items)
-    else:
-        total = _reach_gflops(reducer, layers, items, measure)
-    return {layer: Budget(r=r) for layer, r in zip(layers, even(total, len(layers)))}
-
-
-def _final(reducer: Reducer, layers: range, depth: int, items: int, total: int) -> int:
-    for layer, r in zip(layers, even(total, len(layers))):
-        items -= reducer.removed(items, Budget(r=r), Where(layer, depth))
-    return items
-
-
-def _reach_tokens(reducer: Reducer, layers: range, depth: int, items: int) -> int:
-    target = reducer.tokens or 0
-    if target > items:
-        raise ParameterError(f"{reducer.name}: tokens={target} exceeds the {items} tokens that the model starts with.")
-    total = items - target
-    reached = _final(reducer, layers, depth, items, total)
-    if reached != target:
-        raise ParameterError(
-            f"{reducer.name}: tokens={target} cannot be reached: {len(layers)} even steps end at {reached}; "
-            "give r as a list instead."
-        )
-    return total
-
-
-def _reach_gflops(
-    reducer: Reducer, layers: range, items: int, measure: Callable[[Reducer, list[int]], float] | None
-) -> int:
-    if measure is None:
-        raise ParameterError(f"{reducer.name}: gflops needs a model whose compute can be counted here.")
-
-    def gmacs(total: int) -> float:
-        return measure(reducer, even(total, len(layers)))
-
-    target, low, high = float(reducer.gflops or 0), 0, items - 1
-    above, below = gmacs(low), gmacs(high)
-    if not below <= target <= above:
-        raise ParameterError(
-            f"{reducer.name}: gflops={target:g} is outside what this model can reach, {below:.4g} … {above:.4g} GMACs."
-        )
-    if above <= target:
-        return low
-    # Compute falls almost linearly, so interpolation finds the place in a few counts; every other step halves the
-    # interval in case it does not.
-    halve = False
-    while high - low > 1:
-        share = 0.5 if halve else (above - target) / (above - below)
-        guess = min(max(low + round(share * (high - low)), low + 1), high - 1)
-        found = gmacs(guess)
-        if found <= target:
-            high, below = guess, found
-        else:
-            low, above = guess, found
-        halve = not halve
-    return high
+def _close_spans(spans: list[tuple[int, Point]], points: list[Point], now: int, upcoming: Point | None) -> int:
+    while spans:
+        until, start = spans[-1]
+        # A span ends in block until - 1, before what else that block does for the next one.
+        here = None if upcoming is None else (upcoming.block, _PLACES.index(upcoming.place))
+        if here is not None and here < (until - 1, 2):
+            break
+        spans.pop()
+        end = replace(start, layer=until, before=now, after=start.before, skipped="span ends", undo=True)
+        points.append(end)
+        now = start.before
+    return now

@@ -11,6 +11,7 @@ schedule: {r: 13}
 model: deit_small_patch16_224
 dataset: imagenet-1k
 expected: {top1: 79.4, gflops: 2.7, source: "ToMe, table 4"}
+train: {epochs: 30, lr: 1.0e-5, distill: none}        # optional, for `visiontok train`
 ```
 """
 
@@ -29,7 +30,7 @@ from visiontok.core.reducer import Reducer
 from visiontok.core.schedule import parse_budget
 from visiontok.errors import FormatError, did_you_mean
 
-__all__ = ["Expected", "Recipe", "load_recipe", "parse_recipe"]
+__all__ = ["TRAIN_KEYS", "Expected", "Recipe", "load_recipe", "parse_recipe"]
 
 SCHEMA = 1
 MAX_BYTES = 64 << 10
@@ -44,6 +45,40 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "model": (str,),
     "dataset": (str,),
     "expected": (dict,),
+    "train": (dict,),
+}
+_NUMBER = (int, float)
+# Settings of a training run that belong to a method or paper; where it runs and what it reads do not.
+TRAIN_KEYS: dict[str, tuple[type, ...]] = {
+    "epochs": (int,),
+    "batch_size": (int,),
+    "grad_accum_steps": (int,),
+    "lr": _NUMBER,
+    "opt": (str,),
+    "weight_decay": _NUMBER,
+    "momentum": _NUMBER,
+    "sched": (str,),
+    "warmup_epochs": (int,),
+    "warmup_lr": _NUMBER,
+    "min_lr": _NUMBER,
+    "cooldown_epochs": (int,),
+    "clip_grad": _NUMBER,
+    "smoothing": _NUMBER,
+    "mixup": _NUMBER,
+    "cutmix": _NUMBER,
+    "drop_path": _NUMBER,
+    "augment": (bool,),
+    "model_ema": (bool,),
+    "model_ema_decay": _NUMBER,
+    "amp": (bool,),
+    "amp_dtype": (str,),
+    "distill": (str,),
+    "distill_logits": _NUMBER,
+    "distill_tokens": _NUMBER,
+    "distill_tau": _NUMBER,
+    "rtsm_lr_scale": _NUMBER,
+    "shuffle": _NUMBER,
+    "attentive_mask": _NUMBER,
 }
 # PyYAML's functions are typed only in part.
 _yaml: Any = yaml
@@ -76,6 +111,7 @@ class Recipe:
         expected: Published numbers.
         fields: Parameters of the reducer.
         schedule: Its budget, one of `SCHEDULES`, or empty.
+        train: Settings of the training run, keys of `TRAIN_KEYS`, or None where the recipe trains nothing.
     """
 
     method: str
@@ -84,6 +120,7 @@ class Recipe:
     expected: Expected
     fields: Mapping[str, Any] = field(default_factory=dict[str, Any])
     schedule: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    train: Mapping[str, Any] | None = None
 
     @property
     def params(self) -> dict[str, Any]:
@@ -137,6 +174,7 @@ def parse_recipe(text: str | bytes) -> Recipe:
         expected=_expected(values["expected"]),
         fields=_fields(values.get("fields", {})),
         schedule=_schedule(values.get("schedule", {})),
+        train=_train(values["train"]) if "train" in values else None,
     )
 
 
@@ -189,7 +227,8 @@ def _mapping(values: Any, what: str, keys: Mapping[str, tuple[type, ...]]) -> di
     for key, value in checked.items():
         if key not in keys:
             raise FormatError(f"{what} has no key {key!r}.{did_you_mean(str(key), keys)} Keys: {', '.join(keys)}.")
-        if not isinstance(value, keys[key]) or isinstance(value, bool):
+        # A bool is an int to Python; here it is one only where nothing else is meant.
+        if not isinstance(value, keys[key]) or isinstance(value, bool) != (keys[key] == (bool,)):
             names = " or ".join(kind.__name__ for kind in keys[key])
             raise FormatError(f"{key} must be {names}, got {value!r}.")
     return checked
@@ -231,6 +270,13 @@ def _schedule(values: dict[Any, Any]) -> dict[str, Any]:
         _plain(value, f"schedule.{key}")
     # YAML has no tuple: (r, inflection) is written as text.
     return {key: parse_budget(value) if isinstance(value, str) else value for key, value in schedule.items()}
+
+
+def _train(values: dict[Any, Any]) -> dict[str, Any]:
+    checked = _mapping(values, "train", TRAIN_KEYS)
+    for key, value in checked.items():
+        _plain(value, f"train.{key}")
+    return checked
 
 
 def _plain(value: Any, where: str) -> None:

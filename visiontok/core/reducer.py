@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from torch import Tensor, nn
 
 from visiontok.core import schedule
 from visiontok.core.schedule import Budget
@@ -15,7 +17,7 @@ from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError, UnknownNameError, did_you_mean
 
-__all__ = ["Card", "Reducer", "Where"]
+__all__ = ["Build", "Card", "Reducer", "Where"]
 
 _BUDGETS = ("r", "keep", "gflops", "tokens")
 # Annotations of fields that are checked; a field annotated otherwise is its method's own business.
@@ -81,6 +83,37 @@ class Where:
 
 
 @dataclass(frozen=True)
+class Build:
+    """What a learned part is made for.
+
+    Attributes:
+        site: Of the point.
+        layer: Of the point.
+        depth: Blocks of the model.
+        width: C, channels of a token.
+        heads: Attention heads.
+        before: Non-prefix tokens that the point gets from the nominal input.
+        after: Non-prefix tokens that it leaves.
+        prefix: Leading tokens.
+        stage: Index of the point among the method's points with a learned part.
+        classes: Outputs of the model's head, 0 if it has none.
+        class_token: (1, 1, C) the model's class token, if any.
+    """
+
+    site: Site
+    layer: int
+    depth: int
+    width: int
+    heads: int
+    before: int
+    after: int
+    prefix: int = 1
+    stage: int = 0
+    classes: int = 0
+    class_token: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Reducer(ABC):
     """Base of all methods. Fields are hyper-parameters with the official defaults.
 
@@ -88,7 +121,9 @@ class Reducer(ABC):
         r: Tokens removed per point: int, float, `(r, inflection)`, list per block, or `{layer: r}`.
         keep: Kept per point: float in (0, 1] is a share, int >= 1 a count; list or dict too.
         gflops: Target compute of the whole model in GMACs (what papers call GFLOPs), solved when patching.
-        tokens: Target number of non-prefix tokens after the last point, removed evenly.
+        tokens: Target number of non-prefix tokens after the last point.
+        spacing: How `gflops` and `tokens` are spread over the points: `even` counts, the same share at each (`ratio`)
+            or falling counts (`linear`). Default: the method's own; `ratio` where that cannot reach the target.
         compat: `"official"` reproduces quirks of the released code; None is the sane behaviour.
 
     At most one of r, keep, gflops, tokens may be given.
@@ -102,6 +137,11 @@ class Reducer(ABC):
     card: ClassVar[Card]
     site: ClassVar[Site] = Site.MID
     look: ClassVar[str] = "behind"
+    spread: ClassVar[str] = "even"
+    fill: ClassVar[str] = "nearest"
+    always: ClassVar[bool] = False
+    ragged: ClassVar[bool] = False
+    grid_preserving: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     when: ClassVar[str] = "prefill"
@@ -114,6 +154,7 @@ class Reducer(ABC):
     keep: Any = field(default=None, kw_only=True)
     gflops: float | None = field(default=None, kw_only=True)
     tokens: int | None = field(default=None, kw_only=True)
+    spacing: str | None = field(default=None, kw_only=True)
     compat: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -123,6 +164,10 @@ class Reducer(ABC):
             raise ParameterError(f"{self.name}: give one budget, got {len(given)} ({said}).")
         if self.compat not in (None, "official"):
             raise ParameterError(f"{self.name}: compat must be None or 'official', got {self.compat!r}.")
+        if self.spacing not in (None, "even", "ratio", "linear"):
+            raise ParameterError(
+                f"{self.name}: spacing must be None, 'even', 'ratio' or 'linear', got {self.spacing!r}."
+            )
         for name, low in (("gflops", 0.0), ("tokens", 1)):
             value = getattr(self, name)
             if value is None:
@@ -164,9 +209,35 @@ class Reducer(ABC):
         """Most tokens that one point can remove out of n non-prefix tokens."""
         return max(n - 1, 0)
 
-    def layers(self, depth: int) -> range:
-        """Layers at which the method acts in a model of `depth` blocks."""
-        return range(depth) if self.site is Site.MID else range(1, depth)
+    def layers(self, depth: int) -> Sequence[int]:
+        """Layers at which one budget for all points acts in a model of `depth` blocks."""
+        return self.span(depth)
+
+    def span(self, depth: int) -> range:
+        """Layers at which the method may act; lists and dictionaries of budgets are over these."""
+        if self.site is Site.MID or self.look == "ahead":
+            return range(depth)
+        return range(1, depth)
+
+    def until(self, layer: int, depth: int) -> int | None:
+        """At site AROUND: the layer at which the reduction made at `layer` is undone; None: by the consumer."""
+        return None
+
+    def parts(self) -> tuple[Reducer, ...]:
+        """The reducers that act in this one's name, in order; more than itself only for composites."""
+        return (self,)
+
+    def modules(self, build: Build) -> nn.Module | None:
+        """The learned part of one point, or None. It becomes child `visiontok` of the block that runs the point."""
+        return None
+
+    def official(self, stage: int) -> str:
+        """Key prefix of a learned part in the authors' checkpoints."""
+        return ""
+
+    def readout(self, module: nn.Module | None, memo: Mapping[str, Any]) -> Any:
+        """At site HEAD: the model's output from what the forward left in the memo; replaces norm, pool and head."""
+        raise NotImplementedError
 
     def spec(self) -> tuple[Any, Any]:
         """The `(r, keep)` pair that the schedule is made from; methods with official names map them here."""
@@ -180,12 +251,13 @@ class Reducer(ABC):
 
     def budgets(self, depth: int) -> dict[int, Budget]:
         """The budget of every layer at which the method acts in a model of `depth` blocks."""
-        layers = self.layers(depth)
         r, keep = self.spec()
-        return dict(zip(layers, schedule.resolve(r, keep, len(layers), layers.start, self.compat)))
+        listed = isinstance(r if keep is None else keep, (list, Mapping))
+        layers = self.span(depth) if listed else self.layers(depth)
+        return dict(zip(layers, schedule.resolve(r, keep, layers, self.compat)))
 
     def amount(self, budget: int | None, state: TokenState) -> int:
-        """The clamped number of tokens that `decide` has to remove."""
+        """The clamped number of tokens that `decide` has to remove; negative if the method adds tokens there."""
         if budget is None:
             depth = max(state.depth, state.layer + 1)
             own = self.budgets(depth).get(state.layer, Budget())

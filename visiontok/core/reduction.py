@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from visiontok.core import flops, patching, saving
+from visiontok.core import flops, learned, patching, saving
 from visiontok.core.backbone import Backbone
 from visiontok.core.plan import Plan, bind
 from visiontok.core.reducer import Reducer
@@ -103,8 +103,24 @@ class Reduction:
         if not self._modules:
             raise NotPatchedError("this reduction is not in place any more.")
         patching.remove(self._modules)
+        learned.remove([block.module for block in self.backbone.blocks(self.model)] + [self.model])
         self._modules = []
         return self.model
+
+    def load_learned(self, state: Mapping[str, Tensor], strict: bool = True) -> list[str]:
+        """Loads learned parts from a state dict of this patched model, or of the authors' own checkpoint.
+
+        Args:
+            state: Other keys than those of learned parts are ignored.
+            strict: Whether every learned part must be there.
+
+        Returns:
+            The keys that were used.
+
+        Raises:
+            FormatError: A key is missing, unknown or of another shape; the message lists all of them.
+        """
+        return learned.load(self.model, self.plan, self.reducers, state, strict)
 
     def set(self, **params: Any) -> Reduction:
         """Changes parameters without re-patching (one recompile under torch.compile).
@@ -176,6 +192,14 @@ class Reduction:
         matcher = (real.total - after.total) / 1e9
         return Report(tokens_in, tokens, before.total / 1e9, after.total / 1e9, matcher, layers)
 
+    def readout(self, memo: Mapping[str, Any]) -> Any:
+        """The output of a reducer at site HEAD from what the forward left in the memo, or None if there is none."""
+        for reducer in self.reducers:
+            for part in reducer.parts():
+                if part.site is Site.HEAD:
+                    return part.readout(learned.part_of(self.model, part, None), memo)
+        return None
+
     def save_pretrained(self, directory: str | Path) -> Path:
         """Writes `visiontok_config.json` (and learned parts, if any); load with `visiontok.from_pretrained`.
 
@@ -196,33 +220,37 @@ class Reduction:
 
     def _stage(self) -> None:
         blocks = self.backbone.blocks(self.model)
-        rules = {name: rule for reducer in self.reducers for name, rule in reducer.carry_rules.items()}
+        parts = [part for reducer in self.reducers for part in reducer.parts()]
+        rules = {name: rule for part in parts for name, rule in part.carry_rules.items()}
+        learned.register(self.model, self.backbone, self.plan, parts)
         for index, block in enumerate(blocks):
-            steps: dict[str, Step] = {}
+            steps: dict[str, tuple[Step, ...]] = {}
             for point in self.plan.points:
-                step = Step(point.reducer, point.budget)
-                if point.site is Site.MID and point.layer == index:
-                    steps["MID"] = step
-                elif point.site is Site.PRE and point.layer == index + 1:
-                    steps["NEXT"] = step
-                elif point.site is Site.PRE and point.layer == 0 == index:
-                    steps["PRE"] = step
+                if point.block == index and not point.undo:
+                    module = learned.part_of(block.module, point.reducer, point.layer)
+                    steps[point.place] = (*steps.get(point.place, ()), Step(point.reducer, point.budget, module))
             vars(block.module)[patching.ATTRIBUTE] = Stage(
                 layer=index,
                 depth=len(blocks),
                 prefix=self.plan.prefix,
                 grid=self.backbone.grid(self.model),
                 steps=steps,
-                proportional=any(reducer.proportional for reducer in self.reducers),
+                proportional=any(part.proportional for part in parts),
                 carry_rules=rules,
                 chain=self._chain,
+                grid_only=self.backbone.grid_only,
             )
 
     def _stand_in(self) -> None:
         # Same budgets and counts, free decisions.
         for block in self.backbone.blocks(self.model):
             stage: Stage = vars(block.module)[patching.ATTRIBUTE]
-            stage.steps = {key: Step(flops.Leading(inner=s.reducer), s.budget) for key, s in stage.steps.items()}
+            stage.steps = {key: tuple(map(_free, steps)) for key, steps in stage.steps.items()}
+
+
+def _free(step: Step) -> Step:
+    # What only notes or takes in tokens costs next to nothing, and a stand-in could not know what it takes in.
+    return step if step.reducer.always else Step(flops.Leading(inner=step.reducer), step.budget)
 
 
 class _Gauge:

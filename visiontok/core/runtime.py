@@ -5,21 +5,31 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiontok.core.reducer import Reducer, Where
 from visiontok.core.schedule import Budget
-from visiontok.core.signals import Signal, Signals, Site
-from visiontok.core.state import TokenState, apply
+from visiontok.core.signals import Offers, Signal, Signals, Site
+from visiontok.core.state import Frame, TokenState, apply
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import IncompatibleError, StateLostError
 
-__all__ = ["Chain", "Decision", "LayerTrace", "Stage", "Step", "carry_state", "state_of"]
+__all__ = [
+    "Chain",
+    "Decision",
+    "LayerTrace",
+    "Stage",
+    "Step",
+    "attach_state",
+    "carry_state",
+    "free_of_attention",
+    "state_of",
+]
 
 # Signals that cost nothing: they need no part of the block.
 _FREE = {Signal.HIDDEN, Signal.GRID, Signal.RAND}
@@ -28,10 +38,16 @@ _GRID = "_visiontok_grid"
 
 
 class Step(NamedTuple):
-    """One reducer at one place."""
+    """One reducer at one place, with its learned part if it has one."""
 
     reducer: Reducer
     budget: Budget
+    module: nn.Module | None = None
+
+
+def free_of_attention(reducer: Reducer) -> bool:
+    """Whether the reducer's signals cost nothing, so that the block before it may run untouched."""
+    return set(reducer.needs) <= _FREE
 
 
 class LayerTrace(NamedTuple):
@@ -144,6 +160,12 @@ def state_of(x: Tensor) -> TokenState | None:
     return state if isinstance(state, TokenState) else None
 
 
+def attach_state(x: Tensor, state: TokenState) -> Tensor:
+    """Lets a state travel with a tensor."""
+    setattr(x, _STATE, state)
+    return x
+
+
 def carry_state(source: Tensor, target: Tensor) -> Tensor:
     """Copies state and grid hint from one tensor to another of the same tokens."""
     for name in (_STATE, _GRID):
@@ -175,7 +197,8 @@ class Stage:
         depth: Blocks in the model.
         prefix: Leading tokens to protect.
         grid: (h, w) of the nominal input.
-        steps: By site: `PRE` is the point before this block (block 0 only), `MID`, and `NEXT`, the PRE point after it.
+        steps: By place, in order: `HERE` is the PRE point before this block (for those that look ahead, and before
+            block 0), `MID`, and `NEXT`, the PRE point after it.
         proportional: Whether attention adds log(size).
         carry_rules: See TokenState.
         chain: Shared notes.
@@ -185,14 +208,11 @@ class Stage:
     depth: int
     prefix: int
     grid: tuple[int, int] | None
-    steps: Mapping[str, Step]
+    steps: Mapping[str, tuple[Step, ...]]
     proportional: bool
     carry_rules: Mapping[str, str]
     chain: Chain
-
-    @property
-    def first(self) -> bool:
-        return self.layer == 0
+    grid_only: bool = False
 
     def enter(self, x: Tensor) -> TokenState:
         """The state of x at this block; block 0 opens a new one.
@@ -222,30 +242,36 @@ class Stage:
             self.chain.opened(state)
         return state
 
+    @property
+    def opens(self) -> bool:
+        """Whether something may happen before the block."""
+        return "HERE" in self.steps
+
     def idle(self, state: TokenState) -> bool:
         """True if the block may run untouched: no reduction needs its attention, and attention needs no bias."""
         if state.size is not None and (state.proportional or state.padded):
             return False
-        mid, following = self.steps.get("MID"), self.steps.get("NEXT")
-        if mid is not None and self._amount(mid, state) > 0:
+        if any(self._acts(step, state) for step in self.steps.get("MID", ())):
             return False
-        if following is None or set(following.reducer.needs) <= _FREE:
-            return True
-        return self._amount(following, state) == 0
+        following = [step for step in self.steps.get("NEXT", ()) if not free_of_attention(step.reducer)]
+        return not any(self._acts(step, state) for step in following)
 
-    def mid(self, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]) -> Decision:
+    def before(self, x: Tensor, state: TokenState, offered: Offers) -> Decision:
+        """Reduces before the block; `offered` are its own signals, for reducers that look ahead."""
+        return self._reduce("HERE", x, state, offered)
+
+    def mid(self, x: Tensor, state: TokenState, offered: Offers) -> Decision:
         """Reduces between attention and MLP."""
-        return self._reduce("MID", Site.MID, x, state, offered)
+        return self._reduce("MID", x, state, offered)
 
-    def before(self, x: Tensor, state: TokenState) -> Decision:
-        """Reduces before block 0."""
-        return self._reduce("PRE", Site.PRE, x, state, {})
-
-    def leave(self, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]) -> Tensor:
-        """Reduces before the next block and attaches the state to the tensor handed on."""
-        if "NEXT" in self.steps:
-            x, state = self._reduce("NEXT", Site.PRE, x, state.changed(layer=self.layer + 1), offered)
-        state = state.changed(layer=self.layer + 1, marks=(*state.marks, len(state.trail)))
+    def leave(self, x: Tensor, state: TokenState, offered: Offers) -> Tensor:
+        """Ends spans and reduces before the next block, and attaches the state to the tensor handed on."""
+        state = state.changed(layer=self.layer + 1)
+        while state.frames and state.frames[-1].until == self.layer + 1:
+            x, state = state.close(x)
+            offered = {}
+        x, state = self._reduce("NEXT", x, state, offered)
+        state = state.changed(marks=(*state.marks, state.trail))
         setattr(x, _STATE, state)
         if not torch.compiler.is_compiling() and not _recomputing():
             self.chain.notes.tokens.append(int(state.n))
@@ -256,27 +282,46 @@ class Stage:
         where = Where(state.layer, self.depth)
         return step.reducer.removed(state.items, step.budget, where, state.prefix)
 
-    def _reduce(
-        self, key: str, site: Site, x: Tensor, state: TokenState, offered: Mapping[str, Callable[[], Any]]
-    ) -> Decision:
-        step = self.steps.get(key)
-        if step is None:
-            return Decision(x, state)
-        amount = self._amount(step, state)
-        if amount == 0:
-            return Decision(x, state)
-        signals = Signals({"HIDDEN": lambda: x, "GRID": lambda: _grid(state), **offered})
+    def _acts(self, step: Step, state: TokenState) -> bool:
+        return step.reducer.always or self._amount(step, state) != 0
+
+    def _reduce(self, key: str, x: Tensor, state: TokenState, offered: Offers) -> Decision:
+        for step in self.steps.get(key, ()):
+            if self._acts(step, state):
+                x, after = self._step(step, x, state, offered)
+                # Signals of a block name the tokens that it saw.
+                offered = offered if len(after.trail) == len(state.trail) else {}
+                state = after
+        return Decision(x, state)
+
+    def _step(self, step: Step, x: Tensor, state: TokenState, offered: Offers) -> Decision:
+        reducer = step.reducer
+        signals = Signals({"HIDDEN": lambda: x, "GRID": lambda: _grid(state), "MODULE": lambda: step.module, **offered})
         with _exact(x.device.type):
-            tm = step.reducer.decide(signals, state, amount)
+            tm = reducer.decide(signals, state, self._amount(step, state))
             if tm is None:
                 return Decision(x, state)
+            if self.grid_only and tm.form != "identity" and tm.grid is None:
+                raise IncompatibleError(f"{reducer.name} gave a map without a grid, which this model's blocks need.")
+            if tm.counts is not None and getattr(reducer, "compact", False) and _may_sync(x):
+                tm = tm.compacted()
             reduced, after = apply(tm, x, state)
+        if reducer.site is Site.AROUND and tm.form != "identity":
+            kept = x if reducer.fill == "self" else None
+            fill: Any = reducer.fill
+            frame = Frame(reducer.until(state.layer, self.depth), fill, state, kept)
+            after = after.changed(frames=(*after.frames, frame))
         if not torch.compiler.is_compiling():
-            if not _recomputing():
-                self.chain.decided(state.layer, site, tm, after)
+            if not _recomputing() and len(after.trail) != len(state.trail):
+                self.chain.decided(state.layer, reducer.site, tm, after)
             if self.chain.check_finite:
-                _check_finite(reduced, step.reducer, state.layer)
+                _check_finite(reduced, reducer, state.layer)
         return Decision(reduced, after)
+
+
+def _may_sync(x: Tensor) -> bool:
+    # A length read from the data is a constant in a traced graph and unknown on the meta device.
+    return not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or x.is_meta)
 
 
 def _exact(device: str) -> Any:

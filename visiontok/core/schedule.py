@@ -10,7 +10,7 @@ from typing import Any
 
 from visiontok.errors import FormatError, ParameterError
 
-__all__ = ["Budget", "check", "even", "parse_budget", "parse_keep", "parse_r", "resolve"]
+__all__ = ["Budget", "check", "even", "parse_budget", "parse_keep", "parse_r", "quarters", "resolve", "split"]
 
 # Far beyond any model; beyond them floats and memory would fail with errors that name no parameter.
 _MOST = 2**40
@@ -112,22 +112,53 @@ def even(total: int, points: int) -> list[int]:
     return [total * (i + 1) // points - total * i // points for i in range(points)]
 
 
-def resolve(r: Any, keep: Any, points: int, first: int = 0, compat: str | None = None) -> tuple[Budget, ...]:
+def quarters(depth: int) -> tuple[int, ...]:
+    """Blocks at a quarter, a half and three quarters of a model; (3, 6, 9) for 12 blocks, fewer where they coincide."""
+    return tuple(sorted({depth * i // 4 for i in (1, 2, 3)}))
+
+
+def split(total: int, points: int, items: int, spacing: str = "even") -> list[int]:
+    """Splits `total` removals over the points.
+
+    Args:
+        total: Tokens to remove in all, less than `items`.
+        points: Number of points.
+        items: Tokens at the first point.
+        spacing: `even` (the same number everywhere), `ratio` (the same share everywhere) or `linear` (falling to zero).
+
+    Raises:
+        ParameterError: Unknown spacing.
+    """
+    if spacing == "even":
+        return even(total, points)
+    if spacing == "ratio":
+        share = ((items - total) / items) ** (1 / points)
+        left = [round(items * share**i) for i in range(points)] + [items - total]
+    elif spacing == "linear":
+        whole = points * (points + 1) // 2
+        done = [sum(range(points, points - i, -1)) for i in range(points + 1)]
+        left = [items - total * part // whole for part in done]
+    else:
+        raise ParameterError(f"spacing must be 'even', 'ratio' or 'linear', got {spacing!r}.")
+    return [a - b for a, b in zip(left, left[1:])]
+
+
+def resolve(r: Any, keep: Any, layers: Sequence[int], compat: str | None = None) -> tuple[Budget, ...]:
     """Budgets of all points from `r` or `keep`; at most one may be given.
 
     Args:
         r: See `parse_r`.
         keep: See `parse_keep`.
-        points: Number of points.
-        first: Layer number of the first point; dictionaries are keyed by layer.
+        layers: Layer number of each point; dictionaries are keyed by layer.
         compat: See `parse_r`.
     """
     if r is not None and keep is not None:
         raise ParameterError(f"give r or keep, not both (r={r!r}, keep={keep!r}).")
+    points = len(layers)
     if isinstance(r, Mapping):
-        r = _shifted(r, first, points, "r")
+        r = _placed(r, layers, "r")
     if isinstance(keep, Mapping):
-        keep = _shifted(keep, first, points, "keep")
+        keep = _placed(keep, layers, "keep")
     if keep is not None:
         return tuple(parse_keep(keep, points))
     return tuple(Budget(r=value) for value in parse_r(0 if r is None else r, points, compat)[:points])
@@ -143,7 +174,7 @@ def check(r: Any, keep: Any) -> None:
         points = 1 + highest
     else:
         points = len(given) if isinstance(given, (list, tuple)) else 1
-    resolve(r, keep, max(points, 1))
+    resolve(r, keep, range(max(points, 1)))
 
 
 def parse_budget(text: str) -> Any:
@@ -199,10 +230,10 @@ def _sparse(values: Mapping[Any, Any], points: int, name: str) -> range:
     return range(points)
 
 
-def _shifted(values: Mapping[Any, Any], first: int, points: int, name: str) -> dict[int, Any]:
-    wrong = [k for k in values if not isinstance(k, int) or isinstance(k, bool) or not first <= k < first + points]
+def _placed(values: Mapping[Any, Any], layers: Sequence[int], name: str) -> dict[int, Any]:
+    place = {layer: i for i, layer in enumerate(layers)}
+    wrong = [key for key in values if isinstance(key, bool) or key not in place]
     if wrong:
-        raise ParameterError(
-            f"{name} names layers {wrong}, which are no points of this model ({first} … {first + points - 1})."
-        )
-    return {key - first: value for key, value in values.items()}
+        known = f"{layers[0]} … {layers[-1]}" if layers else "none"
+        raise ParameterError(f"{name} names layers {wrong}, which are no points of this model ({known}).")
+    return {place[key]: value for key, value in values.items()}

@@ -9,9 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from visiontok.errors import IncompatibleError, UnknownNameError, did_you_mean
+from visiontok.ops.attention import Votes, prefix_rows
 from visiontok.ops.constants import wide_dtype
 
-__all__ = ["Signal", "Signals", "Site"]
+__all__ = ["ATTENTION", "Offers", "Signal", "Signals", "Site", "attention_offers"]
+
+Offers = Mapping[str, Callable[[], Any]]
 
 
 class Site(str, Enum):
@@ -36,8 +39,9 @@ class Signal(str, Enum):
     """What a decision may need.
 
     HIDDEN (B, N, C); QUERY, KEY, VALUE (B, H, N, d) after q/k-norm and positions; ATTN_PREFIX (B, H, P, N) softmax rows
-    of the prefix queries; ATTN (B, H, N, N) the full map; GRID (h, w). The others belong to backbones of later
-    families and are listed in ARCHITECTURE §3.
+    of the prefix queries; ATTN_VOTE an `ops.attention.Votes`; ATTN (B, H, N, N) the full map; GRID (h, w); MODULE the
+    learned part of the point, offered to reducers that have one. The others belong to backbones of later families and
+    are listed in ARCHITECTURE §3.
     """
 
     HIDDEN = "HIDDEN"
@@ -58,12 +62,37 @@ class Signal(str, Enum):
     SSM_OUT = "SSM_OUT"
     SSM_DELTA = "SSM_DELTA"
     RAND = "RAND"
+    MODULE = "MODULE"
 
     def __str__(self) -> str:
         return self.value
 
 
 _NAMES = tuple(signal.value for signal in Signal)
+
+# What a backbone that can hand over q, k, v has to offer.
+ATTENTION = frozenset({Signal.QUERY, Signal.KEY, Signal.VALUE, Signal.ATTN_PREFIX, Signal.ATTN_VOTE, Signal.ATTN})
+
+
+def attention_offers(
+    read: Callable[[], tuple[Tensor, Tensor, Tensor]], scale: float, bias: Tensor | None, prefix: int
+) -> Offers:
+    """All signals of one attention, from its q, k, v.
+
+    Args:
+        read: Returns q, k, v (B, H, N, d) after normalisation and positions; called when a signal is read.
+        scale: Factor on the logits.
+        bias: (B, 1, 1, N) bias that the attention added, or None.
+        prefix: Leading tokens.
+    """
+    return {
+        "QUERY": lambda: read()[0],
+        "KEY": lambda: read()[1],
+        "VALUE": lambda: read()[2],
+        "ATTN_PREFIX": lambda: prefix_rows(read()[0], read()[1], prefix, scale, bias),
+        "ATTN_VOTE": lambda: Votes(read()[0], read()[1], scale, bias),
+        "ATTN": lambda: Votes(read()[0], read()[1], scale, bias).map,
+    }
 
 
 class Signals:

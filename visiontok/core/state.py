@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,35 @@ from visiontok.ops import merging
 from visiontok.ops.constants import wide_dtype
 from visiontok.ops.restoring import Fill, restore
 
-__all__ = ["TokenState", "apply"]
+__all__ = ["Frame", "Moved", "TokenState", "apply"]
+
+
+class Moved(NamedTuple):
+    """One map of the past, as far as undoing it goes.
+
+    Attributes:
+        assign: (B, N) int64 slot of each token, -1 dropped.
+        back: (B, N, K) weights that restore, or None for the gather.
+    """
+
+    assign: Tensor
+    back: Tensor | None = None
+
+
+class Frame(NamedTuple):
+    """An open span: a reduction that will be undone.
+
+    Attributes:
+        until: Layer at which it is undone; None leaves that to the consumer of the model's features.
+        fill: What tokens without a slot get then.
+        state: The state before the reduction.
+        x: (B, N, C) tokens before it, kept only for `fill="self"`.
+    """
+
+    until: int | None
+    fill: Fill
+    state: TokenState
+    x: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +69,9 @@ class TokenState:
         carry_rules: How each entry of `carry` follows: `sum`, `any` or `anchor`.
         stash: (B, M, C) tokens kept outside the sequence.
         memo: Private tensors of the reducer across sites.
-        trail: The assignments made so far, from which `origin` is composed on demand.
-        marks: Length of `trail` after each block.
+        trail: The maps made so far, from which `origin` is composed on demand.
+        marks: `trail` as it was after each block.
+        frames: Open spans, outermost first.
     """
 
     batch: int
@@ -61,8 +90,9 @@ class TokenState:
     carry_rules: Mapping[str, str] = field(default_factory=dict)
     stash: Tensor | None = None
     memo: Mapping[str, Any] = field(default_factory=dict)
-    trail: tuple[Tensor, ...] = ()
-    marks: tuple[int, ...] = ()
+    trail: tuple[Moved, ...] = ()
+    marks: tuple[tuple[Moved, ...], ...] = ()
+    frames: tuple[Frame, ...] = ()
 
     @classmethod
     def initial(cls, x: Tensor, prefix: int = 1, grid: tuple[int, int] | None = None, **fields: Any) -> TokenState:
@@ -100,12 +130,15 @@ class TokenState:
     @property
     def origin(self) -> Tensor:
         """(B, N0) int32: the slot that holds each original token now, -1 if it was dropped."""
-        return self.origin_after(len(self.trail))
+        return self._origin(self.trail)
 
-    def origin_after(self, count: int) -> Tensor:
-        """The origin as it was after the first `count` maps."""
+    def origin_at(self, block: int) -> Tensor:
+        """The origin as it was after a block."""
+        return self._origin(self.marks[block])
+
+    def _origin(self, trail: tuple[Moved, ...]) -> Tensor:
         place: Tensor | None = None
-        for assign in self.trail[:count]:
+        for assign, _ in trail:
             moved = assign if place is None else assign.gather(1, place.clamp_min(0))
             place = moved if place is None else moved.masked_fill(place < 0, -1)
         if place is None:
@@ -130,10 +163,57 @@ class TokenState:
 
     def restore(self, y: Tensor, fill: Fill = "zero", x: Tensor | None = None) -> Tensor:
         """Undoes every reduction so far: (B, N, C) to (B, N0, C). See `TokenMap.restore` for `fill`."""
-        if not self.trail:
+        return self._undo(y, self.trail, fill, x)
+
+    def restore_at(self, block: int, y: Tensor, fill: Fill) -> Tensor:
+        """`restore` for the tokens y (B, n, C) that this block returned."""
+        return self._undo(y, self.marks[block], fill)
+
+    def close(self, y: Tensor) -> tuple[Tensor, TokenState]:
+        """Undoes the innermost open span: its tokens y (B, N, C) become those before it, with the state of then."""
+        *rest, frame = self.frames
+        trail = self.trail[len(frame.state.trail) :]
+        full = frame.state._undo(y, trail, frame.fill, frame.x)
+        fields = {"layer": self.layer, "marks": self.marks, "memo": self.memo, "frames": tuple(rest)}
+        return full, frame.state.changed(**fields, carry=self._carried_back(frame.state, trail))
+
+    def whole(self, y: Tensor, fill: Fill | None) -> tuple[Tensor, TokenState]:
+        """What the consumer of the features gets: every open span undone and, with a fill, every reduction."""
+        state = self
+        while state.frames:
+            y, state = state.close(y)
+        if fill is None:
+            return y, state
+        full = state.restore(y, fill)
+        return full, TokenState.initial(full, self.prefix).changed(memo=state.memo)
+
+    def _carried_back(self, before: TokenState, trail: tuple[Moved, ...]) -> dict[str, Tensor]:
+        carry = dict(before.carry)
+        place = before._origin(trail).long()
+        for name, value in self.carry.items():
+            old = before.carry.get(name)
+            rows = merging.select(value, place.clamp_min(0))
+            gone = (place < 0).view(*place.shape, *[1] * (value.dim() - 2))
+            carry[name] = rows.masked_fill(gone, 0) if old is None else torch.where(gone, old, rows)
+        return carry
+
+    def _undo(self, y: Tensor, trail: tuple[Moved, ...], fill: Fill, x: Tensor | None = None) -> Tensor:
+        if not trail:
             return y
-        live = self.size.squeeze(-1) > 0 if self.padded and self.size is not None else None
-        return restore(y, self.origin, fill, x=x, live=live, prefix=self.prefix)
+        if all(moved.back is None for moved in trail):
+            live = self.size.squeeze(-1) > 0 if self.padded and self.size is not None else None
+            live = live if live is None or live.shape[1] == y.shape[1] else None
+            return restore(y, self._origin(trail), fill, x=x, live=live, prefix=self.prefix)
+        # Learned or interpolated ways back do not compose to one gather; then only the outermost step can know x.
+        for moved in reversed(trail):
+            if moved.back is not None:
+                wide = wide_dtype(y.dtype)
+                y = (moved.back.to(wide) @ y.to(wide)).to(y.dtype)
+            else:
+                last = moved is trail[0]
+                way: Fill = "nearest" if fill == "self" and not last else fill
+                y = restore(y, moved.assign, way, x=x if last else None, prefix=self.prefix)
+        return y
 
     def to(self, device: torch.device) -> TokenState:
         """The same state with every tensor on `device`."""
@@ -149,7 +229,9 @@ class TokenState:
             stash=move(self.stash),
             carry={name: move(value) for name, value in self.carry.items()},
             memo={name: move(value) for name, value in self.memo.items()},
-            trail=tuple(move(assign) for assign in self.trail),
+            trail=tuple(Moved(*map(move, moved)) for moved in self.trail),
+            marks=tuple(tuple(Moved(*map(move, moved)) for moved in mark) for mark in self.marks),
+            frames=tuple(f._replace(state=f.state.to(device), x=move(f.x)) for f in self.frames),
         )
 
     def changed(self, **fields: Any) -> TokenState:
@@ -171,18 +253,19 @@ class TokenState:
             tm: The decision.
             size: The new sizes, `tm.sizes(self.size, dtype)`.
         """
-        if tm.assign.shape[1] != self.n:
+        taken = tm.assign.shape[1] - self.n
+        if taken != 0 and (self.stash is None or taken != self.stash.shape[1]):
             raise ParameterError(f"the map takes {tm.assign.shape[1]} tokens, the state has {self.n}.")
         carry = {
-            name: _follow(value, tm, self.carry_rules.get(name, "anchor"))
+            name: _follow(_longer(value, taken), tm, self.carry_rules.get(name, "anchor"))
             for name, value in self.carry.items()
             if tm.carry is None or name not in tm.carry
         }
         if tm.carry is not None:
             carry.update(tm.carry)
-        moved, positions = tm.form != "identity", self.positions
+        moved, positions = tm.form != "identity" or taken > 0, self.positions
         if moved and positions is not None:
-            positions = merging.select(positions, tm.kept)
+            positions = merging.select(_longer(positions, taken), tm.kept)
         return self.changed(
             n=tm.K,
             size=size,
@@ -190,13 +273,20 @@ class TokenState:
             grid=tm.grid if moved else self.grid,
             positions=positions,
             carry=carry,
-            stash=self.stash if tm.stash is None else tm.stash,
+            stash=(None if taken else self.stash) if tm.stash is None else tm.stash,
             memo=self.memo if tm.memo is None else {**self.memo, **tm.memo},
-            trail=(*self.trail, tm.assign) if moved else self.trail,
+            trail=(*self.trail, Moved(tm.assign[:, : self.n], tm.back)) if moved else self.trail,
         )
 
 
 _FIELDS = tuple(TokenState.__dataclass_fields__)
+
+
+def _longer(value: Tensor, more: int) -> Tensor:
+    # Tokens taken in from the stash carry nothing.
+    if more == 0:
+        return value
+    return torch.cat((value, value.new_zeros(value.shape[0], more, *value.shape[2:])), dim=1)
 
 
 def _follow(value: Tensor, tm: TokenMap, rule: str) -> Tensor:
@@ -228,15 +318,26 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
         ParameterError: The token counts of map, x and state differ.
     """
     streams: tuple[Tensor, ...] = x if isinstance(x, tuple) else (x,)
+    size_before = state.size
+    if state.stash is not None and tm.assign.shape[1] == state.n + state.stash.shape[1]:
+        streams, size_before = _with_stash(streams, state)
     for stream in streams:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
     first, alone = streams[0], len(streams) == 1
     if tm.merges_by_size and alone:
-        reduced_one, size = merging.merge_mean(first, state.size, tm.assign, tm.K)
+        reduced_one, size = merging.merge_mean(first, size_before, tm.assign, tm.K)
         return (reduced_one,) if isinstance(x, tuple) else reduced_one, state.advance(tm, size)
     if not alone and merging.uses_groups(first):
         tm.share_groups()
-    size = tm.sizes(state.size, first.dtype)
-    reduced = [tm.reduce(stream, state.size) for stream in streams]
+    size = tm.sizes(size_before, first.dtype)
+    reduced = [tm.reduce(stream, size_before) for stream in streams]
     return (tuple(reduced) if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)
+
+
+def _with_stash(streams: tuple[Tensor, ...], state: TokenState) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    stash: Any = state.stash
+    longer = tuple(torch.cat((x, stash.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1) for x in streams)
+    if state.size is None:
+        return longer, None
+    return longer, torch.cat((state.size, state.size.new_ones(state.batch, stash.shape[1], 1)), dim=1)

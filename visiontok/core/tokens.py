@@ -42,6 +42,7 @@ class TokenMap:
         grid: (h, w) if the non-prefix slots form a grid in raster order.
         soft: (B, K, N) a learned or attention-like map; then values are `soft @ x` and `assign` is only the origin
             (argmax). The size becomes None unless `mass` is given.
+        values: (B, N, C) what `soft` mixes instead of the tokens themselves (e.g. normalised ones).
         back: (B, N, K) weights that restore, where that is not the gather of each token's slot.
         carry: New or replaced entries of `TokenState.carry`, already on K slots.
         stash: New `TokenState.stash`.
@@ -60,6 +61,7 @@ class TokenMap:
     counts: Tensor | None = None
     grid: tuple[int, int] | None = None
     soft: Tensor | None = None
+    values: Tensor | None = None
     back: Tensor | None = None
     carry: Mapping[str, Tensor] | None = None
     stash: Tensor | None = None
@@ -211,7 +213,8 @@ class TokenMap:
             return x
         if self.soft is not None:
             wide = wide_dtype(x.dtype)
-            return (self.soft.to(wide) @ x.to(wide)).to(x.dtype)
+            source = x if self.values is None else self.values
+            return (self.soft.to(wide) @ source.to(wide)).to(x.dtype)
         if self.form == "select" and self.mode != "sum":
             return merging.select(x, self.kept)
         if self.mode == "amax":
@@ -316,6 +319,20 @@ class TokenMap:
                    memo: Mapping[str, Any] | None = None) -> TokenMap:  # fmt: skip
         """The same places with other carried values."""
         return replace(self, carry=carry, stash=stash, memo=memo)
+
+    def compacted(self) -> TokenMap:
+        """The same map without the slots that no sample uses; reads `counts`, so it waits for the device."""
+        if self.counts is None or self.assign.shape[0] == 0:
+            return self
+        count = max(int(self.counts.max()), 1)
+        if count >= self.K:
+            return self
+        even = bool((self.counts == count).all())
+        cut = {name: None if value is None else value[:, :count]
+               for name, value in (("anchor", self.anchor), ("soft", self.soft))}  # fmt: skip
+        back = None if self.back is None else self.back[..., :count]
+        carry = None if self.carry is None else {name: value[:, :count] for name, value in self.carry.items()}
+        return replace(self, K=count, counts=None if even else self.counts, back=back, carry=carry, **cut)
 
     # ---- helpers
 
