@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Finds the classes of one kind that live one per file in a package, and those that third parties offer.
 
-    A class takes part if it is defined in a module of the package and has a non-empty `name` in its own body. Nothing
+    A class takes part if it is defined in a module of the package and has a non-empty `name` in its own body and a public class name. Nothing
     is imported before the first look-up.
 
     Args:
@@ -91,7 +91,8 @@ class Registry(Generic[T]):
         for info in pkgutil.iter_modules(package.__path__):
             module = importlib.import_module(f"{self.package}.{info.name}")
             for _, cls in inspect.getmembers(module, inspect.isclass):
-                if cls.__module__ == module.__name__ and vars(cls).get("name"):
+                public = not getattr(cls, "__name__", "_").startswith("_")
+                if public and cls.__module__ == module.__name__ and vars(cls).get("name"):
                     self.register(cast("type[T]", cls))
         # Only now: a search that an import error cut short must start anew, not leave half a registry.
         self._searched = True

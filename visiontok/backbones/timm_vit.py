@@ -206,7 +206,7 @@ class PatchedViT:
         kind = self.global_pool if pool_type is None else pool_type
         if state is None or state.size is None or (self.attn_pool is None and kind in ("", "token")):
             return super().pool(x, pool_type)  # type: ignore[misc]
-        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        skip = 0 if self.pool_include_prefix else state.prefix
         if self.attn_pool is not None:
             return self._visiontok_attention_pool(x, state, skip, pool_type)
         x, size = x[:, skip:], state.size[:, skip:]

@@ -63,6 +63,7 @@ class Items:
             carry={name: self.cut(value) for name, value in state.carry.items()},
             trail=(),
             marks=(),
+            prefix0=None,
             frames=(),
             stash=None,
         )

@@ -134,6 +134,8 @@ class Plan:
 
 def support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
     """Whether `backbone` offers the site and signals of a reducer, and of its parts, in this model."""
+    if reducer.class_token and backbone.prefix(model) == 0:
+        return Support(False, f"{reducer.name} reads the class token; this {type(model).__name__} has none.")
     for part in reducer.parts():
         fits = _support(part, backbone, model)
         if not fits:
@@ -189,7 +191,7 @@ def bind(
     wanted: list[Point] = []
     owners: dict[tuple[int, int], Reducer] = {}
     for order, (owner, part) in enumerate(parts):
-        fits = support(part, backbone, model)
+        fits = support(owner, backbone, model)
         if not fits:
             raise IncompatibleError(f"{part.name} cannot be used on {type(model).__name__}: {fits.reason}")
         if part.site is Site.HEAD:
@@ -230,11 +232,12 @@ def _counted(wanted: Sequence[Point], depth: int, length: int, prefix: int) -> l
     """The points with their token counts, and the ends of spans between them."""
     points: list[Point] = []
     spans: list[tuple[int, Point]] = []
-    now = length
+    now, start = length, length - prefix
     for point in wanted:
         now = _close_spans(spans, points, now, point)
-        reducer = point.reducer
-        after = now - reducer.removed(now - prefix, point.budget, Where(point.layer, depth), prefix)
+        reducer, where = point.reducer, Where(point.layer, depth, start=start)
+        after = now - reducer.removed(now - prefix, point.budget, where, prefix)
+        prefix += reducer.protects(where)
         note = "" if after != now or reducer.always else "nothing to remove"
         points.append(replace(point, before=now, after=after, skipped=note))
         until = reducer.until(point.layer, depth) if reducer.site is Site.AROUND and after != now else None

@@ -75,11 +75,13 @@ class Where:
         layer: Blocks already run (at MID the block's index).
         depth: Blocks of the model.
         step: Step of a sampler.
+        start: Non-prefix tokens that the model started with; 0 if unknown.
     """
 
     layer: int
     depth: int
     step: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Reducer(ABC):
     always: ClassVar[bool] = False
     ragged: ClassVar[bool] = False
     grid_preserving: ClassVar[bool] = False
+    class_token: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     when: ClassVar[str] = "prefill"
@@ -235,6 +238,10 @@ class Reducer(ABC):
         """Key prefix of a learned part in the authors' checkpoints."""
         return ""
 
+    def protects(self, where: Where) -> int:
+        """Tokens that the map at a place adds to the protected prefix."""
+        return 0
+
     def readout(self, module: nn.Module | None, memo: Mapping[str, Any]) -> Any:
         """At site HEAD: the model's output from what the forward left in the memo; replaces norm, pool and head."""
         raise NotImplementedError
@@ -261,7 +268,8 @@ class Reducer(ABC):
         if budget is None:
             depth = max(state.depth, state.layer + 1)
             own = self.budgets(depth).get(state.layer, Budget())
-            return self.removed(state.items, own, Where(state.layer, depth), state.prefix)
+            where = Where(state.layer, depth, start=state.n0 - state.lead)
+            return self.removed(state.items, own, where, state.prefix)
         if budget < 0:
             raise ParameterError(f"{self.name}: budget must be at least 0 (tokens to remove), got {budget!r}.")
         return max(min(budget, self.limit(state.items)), 0)

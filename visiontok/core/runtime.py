@@ -279,7 +279,7 @@ class Stage:
         return x
 
     def _amount(self, step: Step, state: TokenState) -> int:
-        where = Where(state.layer, self.depth)
+        where = Where(state.layer, self.depth, start=state.n0 - state.lead)
         return step.reducer.removed(state.items, step.budget, where, state.prefix)
 
     def _acts(self, step: Step, state: TokenState) -> bool:

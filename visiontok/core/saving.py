@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from visiontok import __version__
+from visiontok.core.reducer import Reducer
 from visiontok.core.schedule import parse_budget
 from visiontok.errors import FormatError
 
@@ -109,16 +110,25 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     # JSON has neither tuples nor int keys; budgets that need them are written as text and read by parse_budget.
-    return {key: repr(value) if isinstance(value, (tuple, dict)) else value for key, value in fields.items()}
+    return {key: _plain_value(value) for key, value in fields.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Reducer):
+        return {"name": value.name, "fields": _plain(value.fields())}
+    return repr(value) if isinstance(value, (tuple, dict)) else value
 
 
 def revive_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as `save_pretrained` was given them."""
     written = ("(", "[", "{")
-    return {
-        key: parse_budget(value) if isinstance(value, str) and value.startswith(written) else value
-        for key, value in fields.items()
-    }
+
+    def revived(value: Any) -> Any:
+        if isinstance(value, Mapping) and set(value) == {"name", "fields"}:
+            return {"name": value["name"], "fields": revive_fields(value["fields"])}
+        return parse_budget(value) if isinstance(value, str) and value.startswith(written) else value
+
+    return {key: revived(value) for key, value in fields.items()}
 
 
 def learned_parts(model: nn.Module) -> dict[str, Tensor]:

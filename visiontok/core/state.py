@@ -58,6 +58,7 @@ class TokenState:
         n0: N0, tokens when the state was opened.
         device: Where the hidden tensor lives.
         prefix: Leading tokens that no reducer may merge or drop.
+        prefix0: How many of the original tokens these were when the state was opened.
         layer: Blocks already run.
         depth: Blocks of the model.
         size: (B, N, 1) original tokens per token, at least fp32; None for all ones, 0 for padding.
@@ -92,6 +93,7 @@ class TokenState:
     memo: Mapping[str, Any] = field(default_factory=dict)
     trail: tuple[Moved, ...] = ()
     marks: tuple[tuple[Moved, ...], ...] = ()
+    prefix0: int | None = None
     frames: tuple[Frame, ...] = ()
 
     @classmethod
@@ -121,6 +123,11 @@ class TokenState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenState:
         return self
+
+    @property
+    def lead(self) -> int:
+        """Leading tokens among the original ones."""
+        return self.prefix if self.prefix0 is None else self.prefix0
 
     @property
     def items(self) -> int:
@@ -185,7 +192,7 @@ class TokenState:
         if fill is None:
             return y, state
         full = state.restore(y, fill)
-        return full, TokenState.initial(full, self.prefix).changed(memo=state.memo)
+        return full, TokenState.initial(full, self.lead).changed(memo=state.memo)
 
     def _carried_back(self, before: TokenState, trail: tuple[Moved, ...]) -> dict[str, Tensor]:
         carry = dict(before.carry)
@@ -203,7 +210,7 @@ class TokenState:
         if all(moved.back is None for moved in trail):
             live = self.size.squeeze(-1) > 0 if self.padded and self.size is not None else None
             live = live if live is None or live.shape[1] == y.shape[1] else None
-            return restore(y, self._origin(trail), fill, x=x, live=live, prefix=self.prefix)
+            return restore(y, self._origin(trail), fill, x=x, live=live, prefix=self.lead)
         # Learned or interpolated ways back do not compose to one gather; then only the outermost step can know x.
         for moved in reversed(trail):
             if moved.back is not None:
@@ -212,7 +219,7 @@ class TokenState:
             else:
                 last = moved is trail[0]
                 way: Fill = "nearest" if fill == "self" and not last else fill
-                y = restore(y, moved.assign, way, x=x if last else None, prefix=self.prefix)
+                y = restore(y, moved.assign, way, x=x if last else None, prefix=self.lead)
         return y
 
     def to(self, device: torch.device) -> TokenState:
@@ -253,9 +260,9 @@ class TokenState:
             tm: The decision.
             size: The new sizes, `tm.sizes(self.size, dtype)`.
         """
-        taken = tm.assign.shape[1] - self.n
-        if taken != 0 and (self.stash is None or taken != self.stash.shape[1]):
-            raise ParameterError(f"the map takes {tm.assign.shape[1]} tokens, the state has {self.n}.")
+        taken = 0 if tm.extra is None else tm.extra.shape[1]
+        if tm.assign.shape[1] != self.n + taken:
+            raise ParameterError(f"the map takes {tm.assign.shape[1]} tokens, the state has {self.n + taken}.")
         carry = {
             name: _follow(_longer(value, taken), tm, self.carry_rules.get(name, "anchor"))
             for name, value in self.carry.items()
@@ -273,7 +280,9 @@ class TokenState:
             grid=tm.grid if moved else self.grid,
             positions=positions,
             carry=carry,
-            stash=(None if taken else self.stash) if tm.stash is None else tm.stash,
+            prefix=self.prefix if tm.protect is None else tm.protect,
+            prefix0=self.lead,
+            stash=self.stash if tm.stash is None else tm.stash,
             memo=self.memo if tm.memo is None else {**self.memo, **tm.memo},
             trail=(*self.trail, Moved(tm.assign[:, : self.n], tm.back)) if moved else self.trail,
         )
@@ -283,7 +292,7 @@ _FIELDS = tuple(TokenState.__dataclass_fields__)
 
 
 def _longer(value: Tensor, more: int) -> Tensor:
-    # Tokens taken in from the stash carry nothing.
+    # Tokens that join carry nothing.
     if more == 0:
         return value
     return torch.cat((value, value.new_zeros(value.shape[0], more, *value.shape[2:])), dim=1)
@@ -319,8 +328,8 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     """
     streams: tuple[Tensor, ...] = x if isinstance(x, tuple) else (x,)
     size_before = state.size
-    if state.stash is not None and tm.assign.shape[1] == state.n + state.stash.shape[1]:
-        streams, size_before = _with_stash(streams, state)
+    if tm.extra is not None:
+        streams, size_before = _joined(streams, tm.extra, state)
     for stream in streams:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
@@ -335,9 +344,10 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     return (tuple(reduced) if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)
 
 
-def _with_stash(streams: tuple[Tensor, ...], state: TokenState) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    stash: Any = state.stash
-    longer = tuple(torch.cat((x, stash.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1) for x in streams)
+def _joined(
+    streams: tuple[Tensor, ...], extra: Tensor, state: TokenState
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    longer = tuple(torch.cat((x, extra.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1) for x in streams)
     if state.size is None:
         return longer, None
-    return longer, torch.cat((state.size, state.size.new_ones(state.batch, stash.shape[1], 1)), dim=1)
+    return longer, torch.cat((state.size, state.size.new_ones(state.batch, extra.shape[1], 1)), dim=1)

@@ -38,8 +38,9 @@ def solve(reducer: Reducer, depth: int, items: int, measure: Measure | None = No
 
 
 def _final(reducer: Reducer, layers: Sequence[int], depth: int, items: int, removals: Sequence[int]) -> int:
+    start = items
     for layer, r in zip(layers, removals):
-        items -= reducer.removed(items, Budget(r=r), Where(layer, depth))
+        items -= reducer.removed(items, Budget(r=r), Where(layer, depth, start=start))
     return items
 
 

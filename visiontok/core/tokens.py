@@ -44,6 +44,9 @@ class TokenMap:
             (argmax). The size becomes None unless `mass` is given.
         values: (B, N, C) what `soft` mixes instead of the tokens themselves (e.g. normalised ones).
         back: (B, N, K) weights that restore, where that is not the gather of each token's slot.
+        extra: (B, M, C) tokens that join the sequence after its N before the map, which is then over N + M; nothing of
+            the input goes into them. Each counts one in sizes.
+        protect: New number of leading slots that no reducer may touch, if it changes.
         carry: New or replaced entries of `TokenState.carry`, already on K slots.
         stash: New `TokenState.stash`.
         memo: New or replaced entries of `TokenState.memo`.
@@ -63,6 +66,8 @@ class TokenMap:
     soft: Tensor | None = None
     values: Tensor | None = None
     back: Tensor | None = None
+    extra: Tensor | None = None
+    protect: int | None = None
     carry: Mapping[str, Tensor] | None = None
     stash: Tensor | None = None
     memo: Mapping[str, Any] | None = None
