@@ -26,6 +26,7 @@ from torch import Tensor
 
 import visiontok as vt
 from visiontok import backbones
+from visiontok.core.reducer import Where
 from visiontok.core.runtime import LayerTrace
 from visiontok.core.signals import Site
 from visiontok.errors import ParameterError
@@ -48,6 +49,16 @@ def sized(step: LayerTrace) -> Tensor:
     """(B, K) sizes after a step, None spelled out."""
     shape = (step.origin.shape[0], step.tokens)
     return torch.ones(shape, dtype=torch.float64) if step.size is None else step.size.squeeze(-1).double()
+
+
+def made(red: Any) -> list[Any]:
+    """The points at which the method itself reduces, without the ends of spans and what a composite adds."""
+    return [p for p in red.plan.points if not p.undo and not type(p.reducer).__name__.startswith("_")]
+
+
+def adds(red: Any) -> bool:
+    """Whether tokens join that are not of the input."""
+    return any(part.protects(Where(layer, 4)) > 0 for r in red.reducers for part in r.parts() for layer in range(5))
 
 
 def ragged(red: Any) -> bool:
@@ -90,6 +101,8 @@ def test_c1_a_zero_budget_is_bit_equal(case: Case, nothing: dict[str, Any]) -> N
         pytest.skip(f"{case.reducer} takes no {next(iter(nothing))}; its own parameters are its budget")
     before = run(case.model, case.inputs)
     with case.patched(**nothing) as red:
+        if len(red.reducers[0].parts()) > 1:
+            pytest.skip(f"{case.reducer} adds tokens and a head of its own whatever is removed")
         assert same(run(case.model, case.inputs), before)
         assert not red.plan.removes
         assert red.trace == []
@@ -120,7 +133,7 @@ def test_c2_far_too_large_budgets_stop_at_the_limit(case: Case) -> None:
         check_tokens(red)
         assert min(red.tokens) >= red.plan.prefix
         for point in red.plan.points:
-            if not point.undo:
+            if point in made(red):
                 assert 0 <= point.before - point.after <= point.reducer.limit(point.before - red.plan.prefix)
 
 
@@ -130,9 +143,8 @@ def test_c2_short_lists_are_padded_and_long_ones_refused(case: Case) -> None:
     with case.patched(r=[1]) as red:
         run(case.model, case.inputs)
         check_tokens(red)
-        made = [point for point in red.plan.points if not point.undo]
-        assert all(point.before == point.after for point in made[1:])
-        points = len(made)
+        assert all(point.before == point.after for point in made(red)[1:])
+        points = len(made(red))
     with pytest.raises(ParameterError, match=f"r has {points + 1} entries but the model has {points} points"):
         vt.patch(case.model, case.reducer, r=[1] * (points + 1))
     assert not hasattr(case.model, "_visiontok")
@@ -151,6 +163,8 @@ def test_c3_the_prefix_is_never_merged_or_dropped(case: Case) -> None:
 def test_c4_c6_sizes_count_original_tokens(case: Case) -> None:
     for _, trace, _ in each_budget(case):
         for step in trace:
+            if any(earlier.map.extra is not None for earlier in trace):
+                continue
             size = sized(step)
             assert step.origin.dtype == torch.int32
             assert (step.origin >= -1).all()
@@ -178,6 +192,9 @@ def test_c5_the_sized_sum_is_conserved(case: Case) -> None:
         size: Tensor | None = None
         for step in trace:
             tm = step.map
+            if tm.extra is not None:
+                size = step.size
+                continue
             x = torch.randn(*tm.assign.shape, 6, generator=values, dtype=torch.float64)
             held = torch.ones(tm.assign.shape, dtype=torch.float64) if size is None else size.squeeze(-1).double()
             if counted([step]) and tm.mode == "mean" and tm.weight is None:
@@ -246,7 +263,7 @@ def test_c12_tokens_that_were_left_alone_come_back_unchanged(case: Case) -> None
     for _, trace, _ in each_budget(case):
         for step in trace:
             tm = step.map
-            if tm.soft is not None or tm.back is not None:
+            if tm.soft is not None or tm.back is not None or tm.extra is not None:
                 continue
             x = torch.randn(*tm.assign.shape, 5, generator=values, dtype=torch.float64)
             reduced = tm.reduce(x)
@@ -283,8 +300,13 @@ def test_c13_compute_falls_as_the_budget_grows(case: Case) -> None:
         if not red.set(r=FAR_TOO_MANY).plan.removes:
             assert some.gmacs_after == some.gmacs_before
             return
-        more = red.set(r=3).report()
-    assert some.gmacs_before == more.gmacs_before > some.gmacs_after > more.gmacs_after
+        more, growing = red.set(r=3).report(), adds(red)
+    assert some.gmacs_before == more.gmacs_before
+    assert some.gmacs_after > more.gmacs_after
+    if growing:
+        # The tokens that it adds may cost more than a small budget saves.
+        return
+    assert some.gmacs_before > some.gmacs_after
     assert some.gmacs_matcher >= 0
     assert sum(after for _, after in more.layers) < sum(before for before, _ in more.layers)
 
@@ -293,15 +315,15 @@ def test_c13_schedules_sum_and_never_grow(case: Case) -> None:
     for budget in case.budgets():
         with case.patched(**budget) as red:
             plan = red.plan
-        made = [point for point in plan.points if not point.undo]
-        removed = [point.before - point.after for point in made]
+            own, growing = made(red), adds(red)
+        removed = [point.before - point.after for point in own]
         assert all(r >= 0 for r in removed)
         assert sum(removed) > 0 or case.reducer == "identity"
-        if len(made) == len(plan.points):
+        if len(own) == len(plan.points):
             assert plan.tokens == sorted(plan.tokens, reverse=True)
             assert plan.length - plan.tokens[-1] == sum(removed)
-        if "r" in budget and not made[0].reducer.grid_preserving:
-            limits = [point.reducer.limit(point.before - plan.prefix) for point in made]
+        if "r" in budget and not growing and not own[0].reducer.grid_preserving:
+            limits = [point.reducer.limit(point.before - plan.prefix) for point in own]
             assert removed == [min(budget["r"], limit) for limit in limits]
 
 

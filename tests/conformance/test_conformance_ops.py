@@ -77,7 +77,7 @@ def test_c2_c3_counts_and_prefix_for_every_small_shape(name: str, params: dict[s
                     assert removed == 0, where
                     continue
                 expected = patches + prefix - removed
-                assert tm.K <= expected if reducer.ragged else tm.K == expected, where
+                assert expected >= tm.K if reducer.ragged else expected == tm.K, where
                 y, after = vt.apply(tm, x, state)
                 assert (after.n, y.shape) == (tm.K, (2, tm.K, 8)), where
                 assert torch.isfinite(y).all(), where
@@ -100,7 +100,7 @@ def test_a_negative_budget_is_refused(name: str) -> None:
     reducer = reducers.create(name)
     if reducer.limit(9) == 0:
         pytest.skip(f"{name} ignores every budget")
-    with pytest.raises(vt.VisionTokError, match=rf"{name}: budget must be at least 0 .*got -1"):
+    with pytest.raises(vt.VisionTokError, match=r"budget must be at least 0 .*got -1"):
         ask(reducer, 9, 1, -1)
 
 

@@ -128,11 +128,14 @@ class CLCA(Reducer):
         for name in ("num_clr", "ifa_dws_conv_groups"):
             if getattr(self, name) < 0:
                 raise ParameterError(f"clca: {name} must be at least 0, got {getattr(self, name)!r}.")
-        if self.aside and self.compat != "official":
-            raise ParameterError(
-                "clca: aside only says something with compat='official'; by default all are protected."
-            )
         super().__post_init__()
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        return self.wrapped.needs
+
+    def limit(self, n: int) -> int:
+        return self.wrapped.limit(n)
 
     @property
     def wrapped(self) -> Reducer:
@@ -260,9 +263,8 @@ class _Cache(_Part):
         if block in recoveries:
             extra, stash, pool = stash, stash[:, :0], state.n
         if recoveries and block < recoveries[-1]:
-            stash = torch.cat(
-                (stash, *self._cached(torch.cat((x, extra.to(x.dtype)), dim=1), extra, state, pool)), dim=1
-            )
+            now = torch.cat((x, extra.to(x.dtype)), dim=1)
+            stash = torch.cat((stash, *self._cached(now, extra, state, pool)), dim=1)
         return self.joined(state, extra, stash=stash, memo={**memo, _POOL: pool})
 
     def _cached(self, x: Tensor, extra: Tensor, state: TokenState, pool: int) -> list[Tensor]:
@@ -326,6 +328,8 @@ class _Aside(_Part):
         )  # fmt: skip
 
     def _behind(self, layer: int, depth: int) -> int:
+        if self.protecting:
+            return 0
         return self.owner.num_clr + sum(self.owner.returning(block, depth) for block in range(layer))
 
 
