@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from visiontok.bench.data import Transform
+    from visiontok.core.reduction import Reduction
 
 DEFAULT_MODEL = "tiny_vit"
 DEFAULT_SMALLER = "tiny_vit_small_dense"
 EMBEDDED = (DEFAULT_MODEL, DEFAULT_SMALLER)
+# Models that no installable library has; their released weights come as files.
+OWN = tuple(f"lvvit_{size}" for size in ("tiny", "xsmall", "small", "medium", "large"))
 SIZES = ("tiny", "small", "base", "large", "huge")
 
 
@@ -39,7 +42,7 @@ def load(
     """Builds a model in eval mode.
 
     Args:
-        name: an embedded model or a timm name, with or without a `.tag`.
+        name: an embedded model, one of `OWN`, or a timm name, with or without a `.tag`.
         pretrained: load timm's weights (needs the network or timm's cache); embedded models always have theirs.
         checkpoint: weights to load instead, `.safetensors`, or a `.pth` that is read as tensors only.
         input_size: `(C, H, W)`, None for the model's own.
@@ -56,7 +59,10 @@ def load(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _embedded(name, input_size) if name in EMBEDDED else _timm(name, pretrained, checkpoint, input_size)
+        if name in OWN:
+            model = _own(name, pretrained and checkpoint is None, input_size)
+        else:
+            model = _embedded(name, input_size) if name in EMBEDDED else _timm(name, pretrained, checkpoint, input_size)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()
@@ -91,8 +97,8 @@ def transform(model: nn.Module, name: str, size: Sequence[int] | None = None) ->
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Embedded models and timm's (if installed) that match a shell pattern."""
-    names = [name for name in EMBEDDED if fnmatch.fnmatch(name, pattern)]
+    """Embedded models, our own and timm's (if installed) that match a shell pattern."""
+    names = [name for name in (*EMBEDDED, *OWN) if fnmatch.fnmatch(name, pattern)]
     try:
         import timm
     except ImportError:
@@ -109,6 +115,8 @@ def smaller_sibling(name: str) -> str | None:
         return DEFAULT_SMALLER
     if name in EMBEDDED:
         return None
+    if name in OWN:
+        return dict(zip(OWN[1:], OWN)).get(name)
     import timm
 
     base, _, tag = name.partition(".")
@@ -126,10 +134,39 @@ def smaller_sibling(name: str) -> str | None:
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads weights strictly; pickles are read as tensors only, never executed.
 
+    Learned parts of reducers in the file are left out, `load_learned` takes them.
+
     Raises:
         ParameterError: no such file.
         FormatError: not a checkpoint of this model, or it holds more than tensors.
     """
+    from visiontok.core.learned import CHILD
+    from visiontok.models.lvvit import LVViT, load_official
+
+    state = {name: value for name, value in _read_state(path).items() if CHILD not in name.split(".")}
+    if isinstance(model, LVViT):
+        return load_official(model, state, drop=("tsm.",))
+    try:
+        model.load_state_dict(state, strict=True)
+    except (RuntimeError, AttributeError) as error:
+        raise FormatError(f"checkpoint '{path}' does not fit {type(model).__name__}: {error}") from error
+
+
+def load_learned(reduction: Reduction, path: str | Path) -> bool:
+    """Loads the learned parts of a reduction, by our names or the authors', if the file holds any.
+
+    Returns:
+        Whether it did.
+
+    Raises:
+        ParameterError: no such file.
+        FormatError: some are missing or do not fit.
+    """
+    state = _read_state(path)
+    return bool(reduction.load_learned(state, strict=False)) and bool(reduction.load_learned(state))
+
+
+def _read_state(path: str | Path) -> dict[str, Any]:
     import torch
 
     file = Path(path)
@@ -144,18 +181,18 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # safetensors and the unpickler raise kinds of their own; all mean that the file cannot be trusted or read.
+        why = str(error).splitlines() or [type(error).__name__]
         raise FormatError(
-            f"checkpoint '{file}' cannot be read as tensors only: {str(error).splitlines()[0]} "
+            f"checkpoint '{file}' cannot be read as tensors only: {why[0]} "
             "Convert a checkpoint that you trust to safetensors"
         ) from error
     for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    try:
-        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
-    except (RuntimeError, AttributeError) as error:
-        raise FormatError(f"checkpoint '{file}' does not fit {type(model).__name__}: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise FormatError(f"checkpoint '{file}' holds no weights by name")
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _embedded(name: str, size: Sequence[int] | None) -> nn.Module:
@@ -164,6 +201,17 @@ def _embedded(name: str, size: Sequence[int] | None) -> nn.Module:
     if size is not None and tuple(size) != INPUT_SIZE:
         raise ParameterError(f"{name} takes {INPUT_SIZE} images only, got {tuple(size)}; leave out --img-size")
     return TINY_MODELS[name](True)
+
+
+def _own(name: str, pretrained: bool, size: Sequence[int] | None) -> nn.Module:
+    from visiontok.models import lvvit
+
+    if pretrained:
+        raise ParameterError(f"the weights of {name} are released as files: download one and pass --checkpoint FILE")
+    if size is not None and (size[0] != 3 or size[1] != size[2]):
+        raise ParameterError(f"{name} takes square images of 3 channels, got {tuple(size)}")
+    options: dict[str, Any] = {} if size is None else {"img_size": int(size[1])}
+    return lvvit.lvvit(name.removeprefix("lvvit_"), **options)
 
 
 def _timm(name: str, pretrained: bool, checkpoint: str | Path | None, size: Sequence[int] | None) -> nn.Module:

@@ -91,6 +91,8 @@ class Subject:
         if spec.reducer is not None:
             self.model = vt.detached(self.reference if spec.model == reference_name else self._load(spec.model))
             self.reduction = vt.patch(self.model, spec.reducer, **spec.arguments())
+            if spec.checkpoint is not None:
+                models.load_learned(self.reduction, spec.checkpoint)
         else:
             self.model = self.reference if spec.model == reference_name else self._load(spec.model)
 

@@ -23,6 +23,7 @@ _COMMANDS = {
     "bench": "speed of a reduced model against the unreduced one and the free-slice oracle",
     "eval": "accuracy of a reduced model, paired with the unreduced one",
     "sweep": "accuracy and speed over a grid, with baselines, plots and a report; resumable",
+    "train": "trains a model with a reduction in place, with its unreduced self as teacher if wanted; resumable",
     "report": "draws the report of a stored sweep again",
     "viz": "draws which tokens of an image were merged or dropped",
     "demo": "starts a demo in the browser",

@@ -66,7 +66,7 @@ def describe(row: Mapping[str, Any], recipe: Any = None) -> str:
         lines.append(("vs unreduced", f"{row['delta']:+.2f} points, McNemar p = {row['mcnemar_p']:.3g}"))
         lines.append(("agreement", f"{row['agreement']:.2f} % of the answers are the unreduced model's"))
     if recipe is not None:
-        lines.append(("published", _published(recipe.expected)))
+        lines.append(("published", published(recipe.expected)))
     return output.pairs(lines)
 
 
@@ -87,7 +87,8 @@ def report_failures(row: Mapping[str, Any], accepted: int) -> int:
     return 1
 
 
-def _published(expected: Any) -> str:
+def published(expected: Any) -> str:
+    """A recipe's published numbers and their source, for people."""
     numbers = [f"top-1 {expected.top1:g}"] if expected.top1 is not None else []
     numbers += [f"{expected.gflops:g} GMACs"] if expected.gflops is not None else []
     return f"{', '.join(numbers) or 'no number'} ({expected.source})"

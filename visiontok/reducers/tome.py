@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from visiontok.core.reducer import Card, Reducer, Where
+from visiontok.core.reducer import Build, Card, Reducer, Where
 from visiontok.core.schedule import Budget
 from visiontok.core.signals import Signal, Signals
 from visiontok.core.state import TokenState
@@ -14,11 +17,20 @@ from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
 from visiontok.ops import matching
 
-__all__ = ["ToMe", "ToMeKth"]
+__all__ = ["KeyMerger", "MetricHead", "ToMe", "ToMeKth", "check_onset", "even_odd_map", "head_sum", "onset"]
 
 _PAPER = "Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023"
 _URL = "https://arxiv.org/abs/2210.09461"
 _LICENSE = "CC-BY-NC 4.0"
+# What tokens may be compared by, and the signal that it is read from.
+_METRICS = {
+    "key": Signal.KEY,
+    "query": Signal.QUERY,
+    "value": Signal.VALUE,
+    "concat": Signal.KEY,
+    "hidden": Signal.HIDDEN,
+    "learned": Signal.HIDDEN,
+}
 
 
 def head_sum(key: Tensor) -> Tensor:
@@ -26,23 +38,100 @@ def head_sum(key: Tensor) -> Tensor:
     return key.squeeze(1) if key.shape[1] == 1 else key.sum(dim=1)
 
 
+def onset(value: float, depth: int) -> int:
+    """The first layer of a later part of the model: an int is its index, a float a share of the depth."""
+    return math.ceil(value * depth) if isinstance(value, float) else value
+
+
+def check_onset(method: str, name: str, value: Any) -> None:
+    """Raises ParameterError if `onset` does not understand a value."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    if not number or (isinstance(value, float) and value > 1):
+        raise ParameterError(
+            f"{method}: {name} must be a layer (int >= 0) or a share of the depth (float in [0, 1]), got {value!r}."
+        )
+
+
+def even_odd_map(metric: Tensor, r: int, state: TokenState) -> TokenMap:
+    """ToMe's step: the r best pairs of even and odd positions merge by size.
+
+    Args:
+        metric: (B, N, d) what tokens are compared by.
+        r: Tokens to merge, 1 … (N - prefix) // 2.
+        state: The tokens' history.
+    """
+    assign = matching.even_odd_slots(metric, r, state.prefix)
+    return TokenMap(assign, state.n - r, stays=(matching.first_odd(state.prefix), 2), form="complete")
+
+
+class MetricHead(nn.Linear):
+    """A learned metric: a linear map of the layer-normed token (DTEM, NeurIPS 2024)."""
+
+    @classmethod
+    def of(cls, build: Build, dim: int | None = None) -> MetricHead:
+        """The head for a point; by default as wide as one attention head, as two from width 1024 on."""
+        head = build.width // build.heads * (1 if build.width < 1024 else 2)
+        return cls(build.width, head if dim is None else dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Signals are fp32 or wider whatever the model's dtype is. The norm has no scale: the weights would absorb it.
+        rows = F.layer_norm(input, input.shape[-1:])
+        return F.linear(rows, self.weight.to(rows.dtype), self.bias.to(rows.dtype))
+
+
 @dataclass(frozen=True)
-class _KeyMerger(Reducer):
-    """What both variants share: they compare keys and weigh attention by size if asked to."""
+class KeyMerger(Reducer):
+    """What the family shares: tokens are compared by keys, or what `metric` names, and attention weighed by size.
+
+    Args:
+        prop_attn: Whether attention adds log(size) to the keys.
+        metric: What tokens are compared by: `key` (default), `query` or `value` (mean over heads), `concat` (the keys
+            of all heads side by side), `hidden` (the tokens themselves) or `learned` (a head trained with `dtem`).
+
+    Raises:
+        ParameterError: An unknown metric.
+    """
 
     prop_attn: bool = True
+    metric: str = field(default="key", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.metric not in _METRICS:
+            raise ParameterError(f"{self.name}: metric must be one of {', '.join(_METRICS)}, got {self.metric!r}.")
+        super().__post_init__()
 
     @property
     def needs(self) -> tuple[Signal, ...]:
-        return (Signal.KEY,)
+        return (_METRICS[self.metric],)
 
     @property
     def proportional(self) -> bool:
         return self.prop_attn
 
+    def modules(self, build: Build) -> nn.Module | None:
+        if self.metric != "learned":
+            return None
+        # Only `dtem` trains the head; a parameter that never gets a gradient would stop distributed training.
+        return MetricHead.of(build).requires_grad_(False)
+
+    def official(self, stage: int) -> str:
+        # The keys that dtem leaves in a model whose blocks all merge.
+        return f"blocks.{stage}.visiontok.dtem_{stage}."
+
+    def measure(self, signals: Signals) -> Tensor:
+        """(B, N, d) what tokens are compared by, without gradient."""
+        if self.metric == "key":
+            return head_sum(signals.KEY.detach())
+        source = signals.get(_METRICS[self.metric].value).detach()
+        if self.metric == "hidden":
+            return source
+        if self.metric == "learned":
+            return signals.MODULE(source).detach()
+        return source.transpose(1, 2).flatten(2) if self.metric == "concat" else head_sum(source)
+
 
 @dataclass(frozen=True)
-class ToMe(_KeyMerger):
+class ToMe(KeyMerger):
     """Token Merging (arXiv:2210.09461): each block merges its r most similar pairs of tokens.
 
     Tokens at even positions merge into tokens at odd positions by cosine of the head-averaged keys, size-weighted.
@@ -50,6 +139,7 @@ class ToMe(_KeyMerger):
     Args:
         r: Tokens merged per block; the released default is 0 (nothing).
         prop_attn: Whether attention adds log(size) to the keys. Official: True, False for MAE off the shelf.
+        metric: What tokens are compared by instead of `key`; see `KeyMerger`.
     """
 
     name = "tome"
@@ -77,19 +167,18 @@ class ToMe(_KeyMerger):
         r = self.amount(budget, state)
         if r == 0:
             return None
-        assign = matching.even_odd_slots(head_sum(signals.KEY.detach()), r, state.prefix)
-        stays = (matching.first_odd(state.prefix), 2)
-        return TokenMap(assign, state.n - r, stays=stays, form="complete")
+        return even_odd_map(self.measure(signals), r, state)
 
 
 @dataclass(frozen=True)
-class ToMeKth(_KeyMerger):
+class ToMeKth(KeyMerger):
     """ToMe's k-th variant (arXiv:2210.09461): the last token of each k stays, all others join their best match.
 
     Args:
         k: Group length, at least 2; N // k tokens remain.
         layer: The block that merges.
         prop_attn: Whether attention adds log(size) to the keys.
+        metric: What tokens are compared by instead of `key`; see `KeyMerger`.
         compat: `"official"` drops the tail that does not fill a group; by default it merges like the rest.
     """
 
@@ -131,7 +220,7 @@ class ToMeKth(_KeyMerger):
     def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
         if state.items < self.k:
             return None
-        metric = head_sum(signals.KEY.detach())[:, state.prefix :]
+        metric = self.measure(signals)[:, state.prefix :]
         match = matching.every_kth(metric, self.k, drop_tail=self.compat == "official")
         src, dst, order = (part + state.prefix for part in match)
         return TokenMap.merge(src, dst, order, state.prefix, length=state.n)

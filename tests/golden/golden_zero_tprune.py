@@ -1,0 +1,79 @@
+"""Runs Zero-TPrune's golden files through the public API; steps and names as in the method's golden README."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from golden_case import Case
+from golden_evit import blocks_of, build_plain
+from torch import Tensor
+
+import visiontok as vt
+from visiontok.ops.attention import Votes
+
+
+def run_op(case: Case) -> None:
+    """op_*: one pruning layer, step by step and as a whole."""
+    params, attention, key = case.params, case.need("attn"), case.need("key")
+    batch, length = attention.shape[0], attention.shape[-1]
+    fields = {name: params[name] for name in ("boost", "feat", "v_min", "v_max") if name in params}
+    schedule = {1: (params["retention"], params["iters"], params["r"])}
+    reducer: Any = vt.reducers.create("zero_tprune", schedule=schedule, **fields)
+    votes = Votes.of(attention)
+    first, live, second = stages(reducer, votes, key, params["iters"], params["r"])
+    case.check("imp_pre", first.score)
+    group_a, best = reducer.similarity(key, first.score, 1)
+    case.check("groupA", group_a)
+    case.check("best_sim", best)
+    case.check("kept_s", rows(live))
+    case.check("imp", second.score.gather(1, rows(live)))
+    case.check("var", second.variance)
+    case.check("head_ok", second.used)
+    state = vt.TokenState.initial(attention.new_zeros(batch, length, 4), prefix=1, layer=1, depth=4)
+    tm = reducer.decide(vt.Signals.of(ATTN_VOTE=Votes.of(attention), KEY=key), state)
+    case.check("kept", torch.arange(length).expand(batch, -1) if tm is None else tm.kept)
+
+
+def stages(reducer: Any, votes: Votes, key: Tensor, turns: int, r: int) -> tuple[Any, Tensor, Any]:
+    """Importance of all tokens, who is live after the S-stage, importance of those."""
+    batch, _, length = votes.shape
+    live = torch.ones(batch, length, dtype=votes.dtype)
+    first = reducer.importance(votes, live, length, 1)
+    r = min(r, (length - 1) // 2)
+    live = live.scatter(1, reducer.redundant(key, first.score, r, 1), 0.0)
+    return first, live, reducer.importance(votes, live, length - r, 1, turns)
+
+
+def rows(live: Tensor) -> Tensor:
+    """(B, K) the live tokens of each sample, ascending."""
+    return torch.stack([row.nonzero().squeeze(1) for row in live])
+
+
+def run_model(case: Case) -> None:
+    """model_*: a patched timm ViT; the golden numbers the block whose attention is used, we the layer after it."""
+    model, x = build_plain(case), case.need("image")
+    schedule = {int(block) + 1: tuple(row) for block, row in case.params["schedule"].items()}
+    with torch.no_grad():
+        case.check("logits_unreduced", model(x))
+    red = vt.patch(model, "zero_tprune", schedule=schedule, trace=True)
+    cls: Any = type(red.reducers[0])
+    decide, importance = cls.decide, {}
+
+    def spy(self: Any, signals: Any, state: Any, budget: int | None = None) -> Any:
+        _, turns, r = schedule[state.layer]
+        _, live, found = stages(self, signals.ATTN_VOTE, signals.KEY, turns, r)
+        importance[state.layer] = found.score.gather(1, rows(live))
+        return decide(self, signals, state, budget)
+
+    with torch.no_grad(), mock.patch.object(cls, "decide", spy), blocks_of(model) as after:
+        case.check("logits", model(x))
+    assert [y.shape[1] for y in after] == case.params["lens"] == red.tokens
+    for block, y in enumerate(after):
+        case.check(f"tokens_after_block{block}", y)
+    for step in red.trace:
+        case.check(f"kept{step.layer - 1}", step.map.kept)
+        case.check(f"source{step.layer - 1}", rows(step.origin >= 0))
+    for layer, score in importance.items():
+        case.check(f"imp{layer - 1}", score)

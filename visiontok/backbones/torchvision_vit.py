@@ -1,0 +1,228 @@
+"""torchvision's VisionTransformer, also with SWAG weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
+from visiontok.core.runtime import Stage, carry_state, state_of
+from visiontok.core.signals import ATTENTION, Offers, Signal, Site, attention_offers
+from visiontok.core.state import TokenState
+from visiontok.errors import IncompatibleError
+from visiontok.ops.constants import wide_dtype
+
+__all__ = ["TorchvisionViT", "swag_keys"]
+
+_MODULE = "torchvision.models.vision_transformer"
+_ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
+_FILLS: dict[Any, Any] = {None: None, "gather": "nearest", "zero": "zero"}
+_HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | ATTENTION
+
+# What SWAG's own model calls the parts that torchvision names otherwise.
+_SWAG = (
+    (r"^encoder\.layers\.layer_(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+    (r"\.mlp\.linear_1\.", ".mlp.0."),
+    (r"\.mlp\.linear_2\.", ".mlp.3."),
+    (r"^head\.layers\.", "heads."),
+)
+
+
+def swag_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turns a state dict of SWAG's VisionTransformer into one of torchvision's.
+
+    Args:
+        state: Names `encoder.layers.layer_<i>`, `mlp.linear_1`, `head.layers`; positions (N, 1, C).
+
+    Returns:
+        The same tensors under torchvision's names; positions (1, N, C).
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for pattern, other in _SWAG:
+            name = re.sub(pattern, other, name)
+        named[name] = value.transpose(0, 1) if name == "encoder.pos_embedding" and value.shape[1] == 1 else value
+    return named
+
+
+class _Tap:
+    """Takes q, k, v out of an attention module: a plain object, so that hooks may replace inputs and output freely."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class PatchedAttention:
+    """Self-attention that, when given a tap, leaves its q, k, v there and adds a bias over keys."""
+
+    def forward(self: Any, query: Tensor, *args: Any, tap: _Tap | None = None, bias: Any = None, **kwargs: Any) -> Any:
+        if tap is None:
+            return super().forward(query, *args, **kwargs)  # type: ignore[misc]
+        q, k, v = self._visiontok_qkv(query)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        tap.q, tap.k, tap.v = q, k, v
+        return self.out_proj(y.transpose(1, 2).flatten(2)), None
+
+    def _visiontok_qkv(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+
+class PatchedBlock:
+    """An encoder block with a reduction point between attention and MLP."""
+
+    _visiontok: Stage
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        stage: Stage = self._visiontok
+        x, state = input, stage.enter(input)
+        if stage.opens:
+            x, state = stage.before(x, state, self._visiontok_ahead(x, state))
+        if stage.idle(state):
+            y = super().forward(x)  # type: ignore[misc]
+            return stage.leave(y, state, {})
+        bias = state.key_bias(_bias_dtype(x))
+        tap, h = _Tap(), self.ln_1(x)
+        y, _ = self.self_attention(h, h, h, need_weights=False, tap=tap, bias=bias)
+        x = self.dropout(y) + x
+        offered = attention_offers(lambda: (tap.q, tap.k, tap.v), _scale(self.self_attention), bias, state.prefix)
+        x, after = stage.mid(x, state, offered)
+        x = x + self.mlp(self.ln_2(x))
+        return stage.leave(x, after, offered if after is state else {})
+
+    def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
+        made: list[Any] = []
+
+        def read() -> tuple[Tensor, Tensor, Tensor]:
+            if not made:
+                made.append(self.self_attention._visiontok_qkv(self.ln_1(x)))
+            return made[0]
+
+        return attention_offers(read, _scale(self.self_attention), state.key_bias(torch.float32), state.prefix)
+
+
+def _scale(attn: Any) -> float:
+    return attn.head_dim**-0.5
+
+
+def _bias_dtype(x: Tensor) -> torch.dtype:
+    # Only the CPU's fused kernel takes an fp32 bias with half-precision queries.
+    exact = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return wide_dtype(x.dtype) if exact else x.dtype
+
+
+class PatchedNorm:
+    """The final norm, which lets the token state pass."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return carry_state(x, super().forward(x))  # type: ignore[misc]
+
+
+class PatchedModel:
+    """The model itself, unchanged: it holds the handle."""
+
+
+class PatchedEncoder:
+    """The encoder, which ends what its consumer should not see."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        y = super().forward(input)  # type: ignore[misc]
+        state = state_of(y)
+        # The head reads the class token only, so nobody after this needs the state.
+        return y if state is None else state.whole(y, _FILLS[self.layers[-1]._visiontok.chain.restore])[0]
+
+
+class TorchvisionViT(Backbone):
+    """torchvision VisionTransformer with its own EncoderBlock and MultiheadAttention."""
+
+    name = "torchvision_vit"
+    library = "torchvision"
+    hosts = (f"{_MODULE}.VisionTransformer",)
+    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {Site.MID: _HAVE, Site.PRE: _HAVE, Site.AROUND: _HAVE}
+
+    def blocks(self, model: Any) -> list[Block]:
+        return [Block(f"encoder.layers.{name}", block) for name, block in model.encoder.layers.named_children()]
+
+    def prefix(self, model: Any) -> int:
+        return 1
+
+    def length(self, model: Any) -> int:
+        return model.seq_length
+
+    def grid(self, model: Any) -> tuple[int, int] | None:
+        side = model.image_size // model.patch_size
+        return side, side
+
+    def width(self, model: Any) -> int:
+        return model.hidden_dim
+
+    def heads(self, model: Any) -> int:
+        return self.blocks(model)[0].module.self_attention.num_heads  # type: ignore[union-attr, return-value]
+
+    def classes(self, model: Any) -> int:
+        return model.num_classes
+
+    def class_token(self, model: Any) -> Tensor | None:
+        return model.class_token
+
+    def input_size(self, model: Any) -> tuple[int, ...]:
+        return 3, model.image_size, model.image_size
+
+    def check(self, model: Any, site: Site) -> None:
+        for path, block in self.blocks(model):
+            if not _runs(block, f"{_MODULE}.EncoderBlock"):
+                raise IncompatibleError(
+                    f"{path} is a {type(block).__name__}; visiontok runs torchvision's EncoderBlock."
+                )
+            attn: Any = block.self_attention
+            plain = _runs(attn, _ATTENTION) and attn.batch_first and attn._qkv_same_embed_dim
+            # Its projections are read as weights, which an adapter or a quantised layer does not have there.
+            if not plain or attn.bias_k is not None or attn.add_zero_attn:
+                raise IncompatibleError(
+                    f"{path}.self_attention is a {type(attn).__name__} that visiontok cannot read queries and keys "
+                    "from; it takes torch.nn.MultiheadAttention with batch_first=True and one joint projection."
+                )
+
+    def swaps(self, model: Any) -> list[Swap]:
+        encoder = model.encoder
+        swaps = [Swap("", model, PatchedModel), Swap("encoder", encoder, PatchedEncoder)]
+        if not isinstance(encoder.ln, nn.Identity):
+            swaps.append(Swap("encoder.ln", encoder.ln, PatchedNorm))
+        for path, block in self.blocks(model):
+            attn: Any = block.self_attention
+            swaps += [Swap(path, block, PatchedBlock), Swap(f"{path}.self_attention", attn, PatchedAttention)]
+        return swaps
+
+    def example(self) -> tuple[nn.Module, Tensor]:
+        return self.examples()["cls"]
+
+    def examples(self) -> dict[str, tuple[nn.Module, Tensor]]:
+        from torchvision.models.vision_transformer import VisionTransformer
+
+        small: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_layers": 4, "num_heads": 3, "hidden_dim": 48}
+        small |= {"mlp_dim": 96, "num_classes": 10}
+        made: dict[str, tuple[nn.Module, Tensor]] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            image = torch.randn(2, 3, 32, 32)
+            for key, options in {"cls": {}, "representation": {"representation_size": 24}}.items():
+                model: Any = VisionTransformer(**small, **options)
+                # torchvision starts the head at zero, where every model gives the same logits.
+                nn.init.normal_(model.heads.head.weight, std=0.2)
+                nn.init.normal_(model.class_token, std=0.2)
+                made[key] = (model.eval(), image)
+        return made
+
+
+def _runs(module: nn.Module, path: str) -> bool:
+    """Whether the module is of the class at `path`, or of a subclass with that class's forward."""
+    own: Callable[..., Any] = own_class(module).forward
+    return path in class_paths(module) and f"{own.__module__}.{own.__qualname__}" == f"{path}.forward"
