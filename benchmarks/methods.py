@@ -90,17 +90,30 @@ def measure(model: nn.Module, name: str, target: float, seeds: int, x: Tensor, l
 
 
 def fitted(model: nn.Module, name: str, target: float) -> dict[str, Any]:
-    """The budget that meets the target: `gflops`, or the largest `keep` where a method has no such budget."""
+    """The budget that meets the target: `gflops`, or the largest `keep` where a method has no such budget.
+
+    Methods with a `start` begin as late as the target allows.
+    """
     cls: Any = reducers.registry.get(name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    starts = [{"start": at} for at in range(len(model.blocks) // 2, 0, -1)] if "start" in fields else [{}]  # type: ignore[arg-type]
     if "gflops" in cls.budget_names and len(reducers.create(name).parts()) == 1:
-        return {"gflops": target}
+        for start in starts:
+            try:
+                with vt.patched(model, name, gflops=target, **start):
+                    return {"gflops": target, **start}
+            except vt.ParameterError:
+                if start == starts[-1]:
+                    raise
     if "keep" not in cls.budget_names:
         raise vt.VisionTokError(f"{name} has no budget to set: its own parameters decide")
-    low, high = 0.02, 1.0
+    low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
         with vt.patched(model, name, keep=middle) as red:
             low, high = (middle, high) if red.report().gmacs_after <= target else (low, middle)
+    if low == 0.0:
+        raise vt.VisionTokError(f"{name} cannot reach {target:.4f} GMACs with one keep ratio")
     return {"keep": low}
 
 
@@ -130,7 +143,7 @@ def lines(results: Mapping[tuple[str, int], Result | str], base: float, shares: 
             raise SystemExit(f"random failed at {share} %: {baseline}")
         out += [
             f"### {share} % of the GMACs ({base * share / 100:.4f} of {base:.4f})", "",
-            "| method | GMACs | tokens out | top-1 | top-1 against random, 95 % | KL, mnat | KL against random, 95 % | |",
+            "| method | GMACs | tokens out | top-1 | against random, 95 % | KL, mnat | against random, 95 % | verdict |",
             "|---|--:|--:|--:|--:|--:|--:|---|",
         ]  # fmt: skip
         rows, failed = [], []
@@ -164,13 +177,17 @@ def plot(results: Mapping[tuple[str, int], Result | str], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(10, 6.2))
     names = list(dict.fromkeys(name for name, _ in results))
-    styles = [(color, dash) for dash in ("-", "--", ":") for color in pyplot.get_cmap("tab10").colors]  # type: ignore[attr-defined]
-    for name, (color, dash) in zip([n for n in names if n != "random"], styles * 2):
-        points = sorted((r.gmacs, 1e3 * r.drift.mean()) for (n, _), r in results.items() if n == name and not isinstance(r, str))
-        if points:
-            axes.plot(*zip(*points), dash, color=color, marker="o", markersize=3.5, linewidth=1.2, label=name)
-    points = sorted((r.gmacs, 1e3 * r.drift.mean()) for (n, _), r in results.items() if n == "random" and not isinstance(r, str))
-    axes.plot(*zip(*points), "-", color="black", linewidth=2.5, marker="s", label="random")
+    colors = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    styles = [(color, dash) for dash in ("-", "--", ":", "-.") for color in colors]
+
+    def points(name: str) -> list[tuple[float, float]]:
+        found = [result for (other, _), result in results.items() if other == name]
+        return sorted((r.gmacs, 1e3 * float(r.drift.mean())) for r in found if not isinstance(r, str))
+
+    for name, (color, dash) in zip((name for name in names if name != "random"), styles):
+        if points(name):
+            axes.plot(*zip(*points(name)), dash, color=color, marker="o", markersize=3.5, linewidth=1.2, label=name)
+    axes.plot(*zip(*points("random")), "-", color="black", linewidth=2.5, marker="s", label="random")
     axes.set_yscale("log")
     axes.set_xlabel("GMACs per image, matcher not counted")
     axes.set_ylabel("KL from the unreduced model (mnat, lower is better)")
@@ -202,12 +219,13 @@ def main() -> None:
             except vt.VisionTokError as error:
                 found = str(error)
             results[name, share] = found
-            shown = found if isinstance(found, str) else f"{100 * found.right.mean():.2f}  {1e3 * found.drift.mean():.1f}"
-            print(f"{name:20} {share}%  {shown}", flush=True)
+            numbers = None if isinstance(found, str) else (100 * found.right.mean(), 1e3 * found.drift.mean())
+            print(f"{name:20} {share}%  {found if numbers is None else numbers}", flush=True)
     accuracy = 100 * (plain.argmax(1) == labels).double().mean().item()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     head = [
-        "# Every method on the embedded model", "", "Written by `python benchmarks/methods.py --out docs/methods_table.md "
+        "# Every method on the embedded model", "",
+        "Written by `python benchmarks/methods.py --out docs/methods_table.md "
         f"--plot docs/images/methods_pareto.png` at {commit.stdout.strip() or 'an unknown commit'}; "
         f"{len(x)} held-out digits, {args.seeds} seeds, unreduced model {accuracy:.2f} % at {base:.4f} GMACs.", "",
         *str(__doc__).split("\n\n")[2].splitlines(), "",

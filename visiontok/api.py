@@ -226,7 +226,7 @@ def resolve_target(model: Any) -> tuple[nn.Module, Backbone]:
 
 
 def _warn_if_idle(reduction: Reduction) -> None:
-    asked = any(reducer.fields() for reducer in reduction.reducers)
+    asked = any(reducer.fields() or part.always for reducer in reduction.reducers for part in reducer.parts())
     if not asked and not reduction.plan.removes and reduction.reducers[0].name != "identity":
         name = reduction.reducers[0].name
         warnings.warn(f"{name} was patched without a budget and removes nothing; pass r= or keep=.", stacklevel=3)

@@ -92,20 +92,33 @@ def example(variant: Variant) -> tuple[nn.Module, Any]:
 def cases() -> tuple[tuple[Case, bool], ...]:
     """Every case that `supports` says fits, and whether it belongs to the default run.
 
-    Default: each reducer on two variants of each backbone, each variant with three reducers.
+    Default: each reducer on two backbones, each backbone with at least three reducers, each variant with one.
     """
     names = vt.list_reducers()
-    out: list[tuple[Case, bool]] = []
-    for backbone in vt.list_backbones():
-        variants = [Variant(backbone, name) for name in _examples(backbone)]
-        fits = [[name for name in names if vt.supports(name, example(variant)[0])] for variant in variants]
-        for row, (variant, fitting) in enumerate(zip(variants, fits)):
-            # The start rotates, so that the default run meets every reducer on many variants.
-            chosen = {fitting[(row + step) % len(fitting)] for step in range(3)} if fitting else set()
-            for name in fitting:
-                among_two = sum(name in earlier for earlier in fits[:row]) < 2
-                out.append((Case(name, variant), name in chosen or among_two))
-    return tuple(out)
+    fits = {
+        backbone: {
+            variant: [name for name in names if vt.supports(name, example(variant)[0])]
+            for variant in (Variant(backbone, key) for key in _examples(backbone))
+        }
+        for backbone in vt.list_backbones()
+    }
+    chosen: set[tuple[str, Variant]] = set()
+    for place, name in enumerate(names):
+        homes = [(backbone, [v for v, fitting in table.items() if name in fitting]) for backbone, table in fits.items()]
+        homes = [(backbone, variants) for backbone, variants in homes if variants]
+        # The start rotates, so that the default run meets many variants and all backbones.
+        for turn in range(min(2, len(homes))):
+            variants = homes[(place + turn) % len(homes)][1]
+            chosen.add((name, variants[place % len(variants)]))
+    for table in fits.values():
+        for row, (variant, fitting) in enumerate(table.items()):
+            missing = not any(at == variant for _, at in chosen)
+            chosen |= {(fitting[row % len(fitting)], variant)} if missing and fitting else set()
+        first = next(iter(table))
+        have = {name for name, at in chosen if at in table}
+        chosen |= {(name, first) for name in [n for n in table[first] if n not in have][: max(0, 3 - len(have))]}
+    every = [(name, variant) for table in fits.values() for variant, fitting in table.items() for name in fitting]
+    return tuple((Case(name, variant), (name, variant) in chosen) for name, variant in every)
 
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -179,7 +192,7 @@ def make_module(reducer: Reducer, layer: int, patches: int, prefix: int, removed
             reducer.site, layer, 4, 8, 2, patches, patches - removed, prefix, class_token=torch.zeros(1, 1, 8)
         )
         module = reducer.modules(build)
-    return None if module is None else module.to(dtype).eval()
+    return None if module is None else module.to(dtype).eval().requires_grad_(False)
 
 
 def make_signal(name: str, batch: int, tokens: int, prefix: int, grid: tuple[int, int], dtype: torch.dtype) -> Any:

@@ -260,7 +260,8 @@ def test_to_moves_every_tensor() -> None:
     extra = {"carry": {"a": torch.ones(2, 6)}, "memo": {"b": torch.ones(1), "c": "text"}, "stash": torch.ones(2, 1, 2)}
     _, state = vt.apply(MERGE, hidden(), start(positions=torch.ones(2, 6, 1), **extra))
     moved = state.to(torch.device("meta"))
-    tensors = [moved.size, moved.positions, moved.stash, moved.carry["a"], moved.memo["b"], *(step.assign for step in moved.trail)]
+    assigned = [step.assign for step in moved.trail]
+    tensors = [moved.size, moved.positions, moved.stash, moved.carry["a"], moved.memo["b"], *assigned]
     assert all(tensor.is_meta for tensor in tensors)
     assert moved.memo["c"] == "text"
     assert moved.device == torch.device("meta")

@@ -169,5 +169,3 @@ def reducer(case: Case) -> Any:
         "clca", inner=(name, given), reduction_loc=tuple(blocks), compat="official", aside=name == "dpc_knn",
         **{flag: params[flag] for flag in flags},
     )  # fmt: skip
-
-

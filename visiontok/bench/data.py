@@ -155,7 +155,7 @@ def batches(dataset: Dataset[Any], batch_size: int, workers: int = 0) -> Iterato
         batch_size: images per batch; failures make a batch smaller.
         workers: loader processes.
     """
-    yield from DataLoader(dataset, batch_size, shuffle=False, num_workers=workers, collate_fn=_collate)
+    yield from DataLoader(dataset, batch_size, shuffle=False, num_workers=workers, collate_fn=collate)
 
 
 def find_classes(root: Path) -> list[str]:
@@ -227,7 +227,7 @@ def _images(folder: Path) -> list[Path]:
     return found
 
 
-def _collate(items: Sequence[Any]) -> Batch:
+def collate(items: Sequence[Any]) -> Batch:
     good = [item for item in items if not isinstance(item, Failure)]
     failures = tuple(item for item in items if isinstance(item, Failure))
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)

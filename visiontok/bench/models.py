@@ -141,9 +141,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         FormatError: not a checkpoint of this model, or it holds more than tensors.
     """
     from visiontok.core.learned import CHILD
+    from visiontok.models.checkpoints import read_checkpoint
     from visiontok.models.lvvit import LVViT, load_official
 
-    state = {name: value for name, value in _read_state(path).items() if CHILD not in name.split(".")}
+    state = {name: value for name, value in read_checkpoint(path).items() if CHILD not in name.split(".")}
     if isinstance(model, LVViT):
         return load_official(model, state, drop=("tsm.",))
     try:
@@ -162,37 +163,10 @@ def load_learned(reduction: Reduction, path: str | Path) -> bool:
         ParameterError: no such file.
         FormatError: some are missing or do not fit.
     """
-    state = _read_state(path)
+    from visiontok.models.checkpoints import read_checkpoint
+
+    state = read_checkpoint(path)
     return bool(reduction.load_learned(state, strict=False)) and bool(reduction.load_learned(state))
-
-
-def _read_state(path: str | Path) -> dict[str, Any]:
-    import torch
-
-    file = Path(path)
-    if not file.is_file():
-        raise ParameterError(f"checkpoint '{file}' does not exist")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # safetensors and the unpickler raise kinds of their own; all mean that the file cannot be trusted or read.
-        why = str(error).splitlines() or [type(error).__name__]
-        raise FormatError(
-            f"checkpoint '{file}' cannot be read as tensors only: {why[0]} "
-            "Convert a checkpoint that you trust to safetensors"
-        ) from error
-    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise FormatError(f"checkpoint '{file}' holds no weights by name")
-    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _embedded(name: str, size: Sequence[int] | None) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,7 @@ class Leading(Reducer):
         return self.inner.layers(depth) if self.inner else super().layers(depth)
 
     def budgets(self, depth: int) -> dict[int, Budget]:
-        # One entry of r per layer of the inner method, wherever those are.
-        return {layer: Budget(r=r) for layer, r in zip(self.layers(depth), self.r or ())}
+        return {layer: Budget(r=r) for layer, r in (self.r or {}).items()}
 
     def until(self, layer: int, depth: int) -> int | None:
         return self.inner.until(layer, depth) if self.inner else None
@@ -77,7 +77,9 @@ class Leading(Reducer):
         removed = budget or 0
         index = torch.arange(state.n - removed, device=state.device).clamp_max(state.n - 1).expand(state.batch, -1)
         places = torch.arange(state.n, device=state.device).expand(state.batch, -1)
-        grid = None if self.inner is None or not self.inner.grid_preserving else (1, index.shape[1] - state.prefix)
+        left = index.shape[1] - state.prefix
+        height = next((h for h in range(math.isqrt(left), 0, -1) if left % h == 0), 1)
+        grid = (height, left // height) if self.inner is not None and self.inner.grid_preserving else None
         assign = torch.where(places < index.shape[1], places, -1)
         return TokenMap(assign, index.shape[1], anchor=index, grid=grid, form="select")
 

@@ -206,7 +206,7 @@ def bind(
                     "layers."
                 )
             wanted.append(point)
-    points = _counted(sorted(wanted, key=_running_order), depth, length, prefix)
+    points = _counted(sorted(wanted, key=_running_order), depth, length, prefix, backbone.grid(model))
     named = tuple(replace(point, path=blocks[point.block].path) for point in points)
     return Plan(backbone.name, type(model).__name__, depth, prefix, length, named)
 
@@ -228,16 +228,21 @@ def _check_place(reducer: Reducer, layer: int, depth: int) -> None:
         raise ParameterError(f"{reducer.name}: layer {layer} does not exist; this model allows {allowed}.")
 
 
-def _counted(wanted: Sequence[Point], depth: int, length: int, prefix: int) -> list[Point]:
+def _counted(
+    wanted: Sequence[Point], depth: int, length: int, prefix: int, grid: tuple[int, int] | None
+) -> list[Point]:
     """The points with their token counts, and the ends of spans between them."""
     points: list[Point] = []
     spans: list[tuple[int, Point]] = []
     now, start = length, length - prefix
     for point in wanted:
         now = _close_spans(spans, points, now, point)
-        reducer, where = point.reducer, Where(point.layer, depth, start=start)
+        reducer, where = point.reducer, Where(point.layer, depth, start=start, grid=grid)
         after = now - reducer.removed(now - prefix, point.budget, where, prefix)
+        items = now - prefix
         prefix += reducer.protects(where)
+        if after < now:
+            grid = reducer.regrid(items, point.budget, where)
         note = "" if after != now or reducer.always else "nothing to remove"
         points.append(replace(point, before=now, after=after, skipped=note))
         until = reducer.until(point.layer, depth) if reducer.site is Site.AROUND and after != now else None

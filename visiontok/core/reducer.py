@@ -76,12 +76,14 @@ class Where:
         depth: Blocks of the model.
         step: Step of a sampler.
         start: Non-prefix tokens that the model started with; 0 if unknown.
+        grid: (h, w) of the non-prefix tokens there, if they form one.
     """
 
     layer: int
     depth: int
     step: int = 0
     start: int = 0
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,10 @@ class Reducer(ABC):
         """Tokens to remove out of n non-prefix tokens: the budget, clamped to what the method can do."""
         return max(min(budget.removed(n), self.limit(n)), 0)
 
+    def regrid(self, n: int, budget: Budget, where: Where) -> tuple[int, int] | None:
+        """(h, w) that n non-prefix tokens form after this point, or None where no grid remains."""
+        return None
+
     def budgets(self, depth: int) -> dict[int, Budget]:
         """The budget of every layer at which the method acts in a model of `depth` blocks."""
         r, keep = self.spec()
@@ -268,7 +274,7 @@ class Reducer(ABC):
         if budget is None:
             depth = max(state.depth, state.layer + 1)
             own = self.budgets(depth).get(state.layer, Budget())
-            where = Where(state.layer, depth, start=state.n0 - state.lead)
+            where = Where(state.layer, depth, start=state.n0 - state.lead, grid=state.grid)
             return self.removed(state.items, own, where, state.prefix)
         if budget < 0:
             raise ParameterError(f"{self.name}: budget must be at least 0 (tokens to remove), got {budget!r}.")

@@ -104,6 +104,7 @@ class Reduction:
             raise NotPatchedError("this reduction is not in place any more.")
         patching.remove(self._modules)
         learned.remove([block.module for block in self.backbone.blocks(self.model)] + [self.model])
+        vars(self.model).pop(patching.ATTRIBUTE, None)
         self._modules = []
         return self.model
 
@@ -228,7 +229,8 @@ class Reduction:
             for point in self.plan.points:
                 if point.block == index and not point.undo:
                     module = learned.part_of(block.module, point.reducer, point.layer)
-                    steps[point.place] = (*steps.get(point.place, ()), Step(point.reducer, point.budget, module))
+                    step = Step(point.reducer, point.budget, module, point.order)
+                    steps[point.place] = (*steps.get(point.place, ()), step)
             vars(block.module)[patching.ATTRIBUTE] = Stage(
                 layer=index,
                 depth=len(blocks),
@@ -243,25 +245,29 @@ class Reduction:
 
     def _stand_in(self) -> None:
         # Same budgets and counts, free decisions.
-        for block in self.backbone.blocks(self.model):
+        # What notes something or takes tokens in stays: it is cheap, and a stand-in cannot know what it takes in.
+        fewer = {(point.block, point.place, point.order) for point in self.plan.points if point.after < point.before}
+        for index, block in enumerate(self.backbone.blocks(self.model)):
             stage: Stage = vars(block.module)[patching.ATTRIBUTE]
-            stage.steps = {key: tuple(map(_free, steps)) for key, steps in stage.steps.items()}
+            stage.steps = {
+                place: tuple(_free(step) if (index, place, step.order) in fewer else step for step in steps)
+                for place, steps in stage.steps.items()
+            }
 
 
 def _free(step: Step) -> Step:
-    # What only notes or takes in tokens costs next to nothing, and a stand-in could not know what it takes in.
-    return step if step.reducer.always else Step(flops.Leading(inner=step.reducer), step.budget)
+    return Step(flops.Leading(inner=step.reducer), step.budget, order=step.order)
 
 
 class _Gauge:
-    """GMACs of a model as a function of the tokens that one reducer removes at each of its points."""
+    """GMACs of a model as a function of the tokens that one reducer removes at each layer."""
 
     def __init__(self, model: nn.Module, backbone: Backbone) -> None:
         self._model = model
         self._backbone = backbone
         self._ghost: Reduction | None = None
 
-    def __call__(self, reducer: Reducer, removals: list[int]) -> float:
+    def __call__(self, reducer: Reducer, removals: dict[int, int]) -> float:
         if self._ghost is None:
             ghost = flops.meta_copy(self._model)
             if patching.ATTRIBUTE in vars(ghost):

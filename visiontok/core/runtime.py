@@ -43,6 +43,7 @@ class Step(NamedTuple):
     reducer: Reducer
     budget: Budget
     module: nn.Module | None = None
+    order: int = 0
 
 
 def free_of_attention(reducer: Reducer) -> bool:
@@ -279,7 +280,7 @@ class Stage:
         return x
 
     def _amount(self, step: Step, state: TokenState) -> int:
-        where = Where(state.layer, self.depth, start=state.n0 - state.lead)
+        where = Where(state.layer, self.depth, start=state.n0 - state.lead, grid=state.grid)
         return step.reducer.removed(state.items, step.budget, where, state.prefix)
 
     def _acts(self, step: Step, state: TokenState) -> bool:

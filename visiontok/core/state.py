@@ -64,6 +64,7 @@ class TokenState:
         size: (B, N, 1) original tokens per token, at least fp32; None for all ones, 0 for padding.
         proportional: Whether attention adds log(size) to the keys.
         padded: Whether some slots may be padding.
+        mute: Whether queries of padding attend to all keys alike; see `TokenMap.mute`.
         grid: (h, w) of the non-prefix tokens while they form one, else None.
         positions: (B, N, ...) positions of the tokens, for backbones whose positions follow tokens.
         carry: Tensors (B, N, ...) that follow their tokens.
@@ -85,6 +86,7 @@ class TokenState:
     size: Tensor | None = None
     proportional: bool = False
     padded: bool = False
+    mute: bool = False
     grid: tuple[int, int] | None = None
     positions: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
@@ -156,11 +158,15 @@ class TokenState:
         """Additive attention bias over keys: log(size) if proportional, -inf for padding.
 
         Returns:
-            (B, 1, 1, N) in `dtype`, or None if there is nothing to say.
+            (B, 1, 1, N) in `dtype` ((B, 1, N, N) if `mute`), or None if there is nothing to say.
         """
         if self.size is None:
             return None
         row = self.size.reshape(self.batch, 1, 1, self.n)
+        if self.mute and self.padded:
+            # So far below any logit that adding one changes nothing.
+            live = row > 0
+            return torch.zeros_like(row, dtype=dtype).masked_fill(~(live & live.mT), torch.finfo(dtype).min / 2)
         if self.proportional:
             bias = row.log()
             return bias if bias.dtype == dtype else bias.to(dtype)
@@ -277,6 +283,7 @@ class TokenState:
             n=tm.K,
             size=size,
             padded=self.padded or tm.counts is not None,
+            mute=self.mute or tm.mute,
             grid=tm.grid if moved else self.grid,
             positions=positions,
             carry=carry,
@@ -344,9 +351,7 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     return (tuple(reduced) if isinstance(x, tuple) else reduced[0]), state.advance(tm, size)
 
 
-def _joined(
-    streams: tuple[Tensor, ...], extra: Tensor, state: TokenState
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def _joined(streams: tuple[Tensor, ...], extra: Tensor, state: TokenState) -> tuple[tuple[Tensor, ...], Tensor | None]:
     longer = tuple(torch.cat((x, extra.to(x.dtype).expand(x.shape[0], -1, -1)), dim=1) for x in streams)
     if state.size is None:
         return longer, None

@@ -10,7 +10,11 @@ from visiontok.errors import ParameterError
 
 __all__ = ["Measure", "solve"]
 
-Measure = Callable[[Reducer, list[int]], float]
+Removals = dict[int, int]
+Measure = Callable[[Reducer, Removals], float]
+
+# Layers, and how removals are spaced over them.
+Way = tuple[Sequence[int], str]
 
 
 def solve(reducer: Reducer, depth: int, items: int, measure: Measure | None = None) -> dict[int, Budget]:
@@ -30,51 +34,61 @@ def solve(reducer: Reducer, depth: int, items: int, measure: Measure | None = No
     layers = reducer.layers(depth)
     if not layers:
         raise ParameterError(f"{reducer.name}: a model of {depth} blocks has no point to remove tokens at.")
+    ways = _ways(reducer, layers, depth)
     if reducer.tokens is not None:
-        removals = _reach_tokens(reducer, layers, depth, items)
+        removals = _reach_tokens(reducer, ways, depth, items)
     else:
-        removals = _reach_gflops(reducer, layers, items, measure)
-    return {layer: Budget(r=r) for layer, r in zip(layers, removals)}
+        removals = _reach_gflops(reducer, ways, items, measure)
+    return {layer: Budget(r=r) for layer, r in removals.items()}
 
 
-def _final(reducer: Reducer, layers: Sequence[int], depth: int, items: int, removals: Sequence[int]) -> int:
+def _final(reducer: Reducer, depth: int, items: int, removals: Removals) -> int:
     start = items
-    for layer, r in zip(layers, removals):
+    for layer, r in removals.items():
         items -= reducer.removed(items, Budget(r=r), Where(layer, depth, start=start))
     return items
 
 
-def _spacings(reducer: Reducer) -> list[str]:
-    return [reducer.spacing] if reducer.spacing else list(dict.fromkeys([reducer.spread, "ratio"]))
+def _ways(reducer: Reducer, layers: Sequence[int], depth: int) -> list[Way]:
+    """Layers and spacings to try: the method's own first, then wherever it may act."""
+    if reducer.spacing:
+        return [(layers, reducer.spacing)]
+    ways = [(layers, reducer.spread), (layers, "ratio")]
+    return list(dict.fromkeys([*((tuple(at), spacing) for at, spacing in ways), (tuple(reducer.span(depth)), "ratio")]))
 
 
-def _reach_tokens(reducer: Reducer, layers: Sequence[int], depth: int, items: int) -> list[int]:
+def _split(layers: Sequence[int], spacing: str, total: int, items: int) -> Removals:
+    return dict(zip(layers, split(total, len(layers), items, spacing)))
+
+
+def _reach_tokens(reducer: Reducer, ways: Sequence[Way], depth: int, items: int) -> Removals:
     target = reducer.tokens or 0
     if target > items:
         raise ParameterError(f"{reducer.name}: tokens={target} exceeds the {items} tokens that the model starts with.")
-    reached: dict[str, int] = {}
-    for spacing in _spacings(reducer):
-        removals = split(items - target, len(layers), items, spacing)
-        reached[spacing] = _final(reducer, layers, depth, items, removals)
-        if reached[spacing] == target:
+    reached: list[str] = []
+    for layers, spacing in ways:
+        removals = _split(layers, spacing, items - target, items)
+        end = _final(reducer, depth, items, removals)
+        if end == target:
             return removals
-    ends = " and ".join(f"{len(layers)} {spacing} steps end at {end}" for spacing, end in reached.items())
+        reached.append(f"{len(layers)} {spacing} steps end at {end}")
+    ends = " and ".join(reached)
     raise ParameterError(f"{reducer.name}: tokens={target} cannot be reached: {ends}; give r as a list instead.")
 
 
-def _reach_gflops(reducer: Reducer, layers: Sequence[int], items: int, measure: Measure | None) -> list[int]:
+def _reach_gflops(reducer: Reducer, ways: Sequence[Way], items: int, measure: Measure | None) -> Removals:
     if measure is None:
         raise ParameterError(f"{reducer.name}: gflops needs a model whose compute can be counted here.")
     target, limits = float(reducer.gflops or 0), []
-    for spacing in _spacings(reducer):
+    for way in ways:
 
-        def gmacs(total: int, spacing: str = spacing) -> float:
-            return measure(reducer, split(total, len(layers), items, spacing))
+        def gmacs(total: int, way: Way = way) -> float:
+            return measure(reducer, _split(*way, total, items))
 
         above, below = gmacs(0), gmacs(items - 1)
         if below <= target <= above:
             total = _least(gmacs, target, items - 1, above, below)
-            return _refined(reducer, measure, target, total, len(layers), items, spacing)
+            return _refined(reducer, measure, target, total, items, way)
         limits += [above, below]
     raise ParameterError(
         f"{reducer.name}: gflops={target:g} is outside what this model can reach, {min(limits):.4g} … "
@@ -102,21 +116,18 @@ def _least(gmacs: Callable[[int], float], target: float, high: int, above: float
     return high
 
 
-def _refined(
-    reducer: Reducer, measure: Measure, target: float, total: int, points: int, items: int,
-    spacing: str,
-) -> list[int]:  # fmt: skip
+def _refined(reducer: Reducer, measure: Measure, target: float, total: int, items: int, way: Way) -> Removals:
     """Moves the last removal as late as the target allows: one token at one point is the finest step there is."""
     if total == 0:
-        return split(0, points, items, spacing)
-    fewer = split(total - 1, points, items, spacing)
+        return _split(*way, 0, items)
+    fewer, layers = _split(*way, total - 1, items), way[0]
 
-    def with_one_at(point: int) -> list[int]:
-        return [r + (i == point) for i, r in enumerate(fewer)]
+    def with_one_at(point: int) -> Removals:
+        return {**fewer, layers[point]: fewer[layers[point]] + 1}
 
-    low, high = 0, points - 1
+    low, high = 0, len(layers) - 1
     if measure(reducer, with_one_at(low)) > target:
-        return split(total, points, items, spacing)
+        return _split(*way, total, items)
     while low < high:
         middle = (low + high + 1) // 2
         if measure(reducer, with_one_at(middle)) <= target:

@@ -47,6 +47,7 @@ class TokenMap:
         extra: (B, M, C) tokens that join the sequence after its N before the map, which is then over N + M; nothing of
             the input goes into them. Each counts one in sizes.
         protect: New number of leading slots that no reducer may touch, if it changes.
+        mute: Whether queries of padding see all keys alike from here on, as some released masks have it.
         carry: New or replaced entries of `TokenState.carry`, already on K slots.
         stash: New `TokenState.stash`.
         memo: New or replaced entries of `TokenState.memo`.
@@ -68,6 +69,7 @@ class TokenMap:
     back: Tensor | None = None
     extra: Tensor | None = None
     protect: int | None = None
+    mute: bool = False
     carry: Mapping[str, Tensor] | None = None
     stash: Tensor | None = None
     memo: Mapping[str, Any] | None = None
@@ -221,7 +223,8 @@ class TokenMap:
             source = x if self.values is None else self.values
             return (self.soft.to(wide) @ source.to(wide)).to(x.dtype)
         if self.form == "select" and self.mode != "sum":
-            return merging.select(x, self.kept)
+            kept, live = merging.select(x, self.kept), self.live
+            return kept if live is None else kept.masked_fill(~live.unsqueeze(-1), 0)
         if self.mode == "amax":
             return merging.segment_max(x, self.assign, self.K)
         if self.mode == "absmax":

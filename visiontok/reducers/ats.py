@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +174,12 @@ class ATS(Reducer):
         if samples is None or state.items < 2:
             return None
         memo = {_PLANNED: min(planned, samples)}
-        return selection(self.sample(signals, state, samples), min(state.items, samples), state, memo)
+        tm = selection(self.sample(signals, state, samples), min(state.items, samples), state, memo)
+        return self.dressed(tm, state)
+
+    def dressed(self, tm: TokenMap, state: TokenState) -> TokenMap:
+        """The map with what a variant's padding holds."""
+        return tm
 
     def _samples(self, budget: int | None, state: TokenState, planned: int) -> int | None:
         # `planned` tokens would be here without compaction. Counting from the actual ones would let the longest image
@@ -294,3 +299,12 @@ class ATSv2(ATS):
         norm = signals.VALUE[:, :, state.prefix :].square().sum(dim=3).sqrt()
         score = (class_attention(signals, state, self.name) * norm).sum(dim=1)
         return score / (score.sum(dim=1, keepdim=True) + 1e-6)
+
+    def dressed(self, tm: TokenMap, state: TokenState) -> TokenMap:
+        if self.compat != "official" or tm.live is None:
+            return tm
+        # Padding is a copy of the class token whose queries see all keys alike; means over tokens count it.
+        live = tm.live.unsqueeze(-1)
+        anchor = tm.kept.masked_fill(~live.squeeze(-1), 0)
+        soft = torch.zeros(state.batch, tm.K, state.n, device=anchor.device).scatter(2, anchor.unsqueeze(-1), 1.0)
+        return replace(tm, soft=soft, mass=torch.ones_like(tm.assign, dtype=soft.dtype), mute=True)

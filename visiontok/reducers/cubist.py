@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,10 +86,13 @@ class CubistMerge(Reducer):
         return dict.fromkeys(self.layers(depth), Budget()) if self._sides is not None else super().budgets(depth)
 
     def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
-        height, width = getattr(where, "grid", None) or squarest(n)
+        return n - math.prod(self.regrid(n, budget, where))
+
+    def regrid(self, n: int, budget: Budget, where: Where) -> tuple[int, int]:
+        height, width = where.grid or squarest(n)
         wanted = budget.removed(n)
         rh, rw = self._sides if self._sides is not None else lines(height, width, max(wanted, 0))
-        return n - (height - min(rh, height // 2)) * (width - min(rw, width // 2))
+        return height - min(rh, height // 2), width - min(rw, width // 2)
 
     def limit(self, n: int) -> int:
         height, width = squarest(n)

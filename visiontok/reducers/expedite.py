@@ -120,7 +120,10 @@ class Expedite(Reducer):
 
     def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
         left = n - super().removed(n, budget, where, prefix)
-        return n - math.prod(self._target(getattr(where, "grid", None) or _squarest(n), left))
+        return n - math.prod(self._target(where.grid or _squarest(n), left))
+
+    def regrid(self, n: int, budget: Budget, where: Where) -> tuple[int, int] | None:
+        return self._target(where.grid or _squarest(n), n - super().removed(n, budget, where))
 
     def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
         r = self.amount(budget, state)

@@ -94,7 +94,7 @@ class TrainData:
         items = _Seeded(self.dataset, chosen, mix(self.seed, epoch, 1))
         # A generator of its own: the loader would otherwise draw from the global one.
         yield from DataLoader(
-            items, self.batch_size, shuffle=False, num_workers=self.workers, collate_fn=images._collate,
+            items, self.batch_size, shuffle=False, num_workers=self.workers, collate_fn=images.collate,
             generator=torch.Generator(),
         )  # fmt: skip
 

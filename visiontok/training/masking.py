@@ -260,7 +260,7 @@ class _Shuffle:
         index = torch.randperm(x.shape[1] - self._prefix).to(x.device)
         self._index = index
         shuffled, state = _moved(x, self._state, index + self._prefix, self._prefix, None)
-        return (shuffled if state is None else _attach(shuffled, state), *rest)
+        return (shuffled if state is None else runtime.attach_state(shuffled, state), *rest)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._index is None:
@@ -276,7 +276,7 @@ class _Shuffle:
         restored, state = _moved(output, after, index, self._prefix, grid)
         if state is not None:
             # What the block returned is this, also for whoever looks at intermediate features.
-            _attach(restored, state.changed(marks=(*state.marks[:-1], state.trail)))
+            runtime.attach_state(restored, state.changed(marks=(*state.marks[:-1], state.trail)))
         return restored
 
 
@@ -294,8 +294,3 @@ def _moved(
 ) -> tuple[Tensor, TokenState | None]:
     tm = TokenMap.keep(index.expand(x.shape[0], -1), x.shape[1], prefix, grid=grid)
     return (tm.reduce(x), None) if state is None else apply(tm, x, state)
-
-
-def _attach(x: Tensor, state: TokenState) -> Tensor:
-    setattr(x, runtime._STATE, state)
-    return x
