@@ -67,6 +67,7 @@ def measure(model: nn.Module, name: str, target: float, seeds: int, x: Tensor, l
     has_seed = any(field.name == "seed" for field in dataclasses.fields(cls))
     right, drift = [], []
     gmacs, tokens, note = math.nan, 0, ""
+    budget = fitted(model, name, target)
     for seed in range(seeds):
         torch.manual_seed(seed)
         changing = has_seed or cls.trainable
@@ -75,7 +76,7 @@ def measure(model: nn.Module, name: str, target: float, seeds: int, x: Tensor, l
             drift.append(drift[0])
             continue
         given: dict[str, Any] = {"seed": seed} if has_seed else {}
-        with vt.patched(model, name, **fitted(model, name, target), **given) as red:
+        with vt.patched(model, name, **budget, **given) as red:
             report = red.report()
             gmacs, tokens = report.gmacs_after, report.tokens[-1]
             learned = any("visiontok" in key.split(".") for key in model.state_dict())
@@ -100,8 +101,10 @@ def fitted(model: nn.Module, name: str, target: float) -> dict[str, Any]:
     if "gflops" in cls.budget_names and len(reducers.create(name).parts()) == 1:
         for start in starts:
             try:
-                with vt.patched(model, name, gflops=target, **start):
-                    return {"gflops": target, **start}
+                with vt.patched(model, name, gflops=target, **start) as red:
+                    points = [point for point in red.plan.points if not point.undo]
+                    # Solved once: the same counts serve all seeds.
+                    return {"r": {point.layer: point.budget.r for point in points}, **start}
             except vt.ParameterError:
                 if start == starts[-1]:
                     raise

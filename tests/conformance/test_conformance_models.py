@@ -314,7 +314,8 @@ def test_c13_compute_falls_as_the_budget_grows(case: Case) -> None:
         if not red.set(r=FAR_TOO_MANY).plan.removes:
             assert some.gmacs_after == some.gmacs_before
             return
-        more, growing = red.set(r=8 if red.reducers[0].grid_preserving else 3).report(), adds(red)
+        items = red.plan.points[0].before - red.plan.prefix
+        more, growing = red.set(r=items // 2 if red.reducers[0].grid_preserving else 3).report(), adds(red)
     assert some.gmacs_before == more.gmacs_before
     assert some.gmacs_after > more.gmacs_after
     if growing:

@@ -12,6 +12,7 @@ from torch import Tensor
 import visiontok as vt
 from visiontok.core.reducer import Where
 from visiontok.errors import ParameterError
+from visiontok.ops import attention
 from visiontok.ops.attention import Votes
 
 # Typed loosely: a decision may be None.
@@ -102,16 +103,32 @@ def test_a_total_budget_takes_similar_tokens_first() -> None:
         assert torch.equal(whole.assign, split.assign)
 
 
-def test_one_round_of_voting_never_forms_the_map() -> None:
+@pytest.mark.parametrize(("n", "prefix", "padded"), [(39, 1, 0), (130, 2, 0), (70, 0, 9)])
+def test_a_large_map_is_never_formed_for_one_round_and_a_small_one_gives_the_same(
+    monkeypatch: Any, n: int, prefix: int, padded: int
+) -> None:
     noise = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, 3, 40, 8, generator=noise, dtype=torch.float64) for _ in range(2))
-    state = vt.TokenState.initial(k[:, 0], 1, layer=9, depth=12)
-    votes, explicit = Votes(q, k, 0.35), Votes(q, k, 0.35)
-    assert explicit.map.shape[-1] == 40
-    reducer = create("zero_tprune", r=15)
-    lean = reducer.decide(vt.Signals.of(ATTN_VOTE=votes, KEY=k), state)
-    assert votes._map is None
-    assert torch.equal(lean.kept, reducer.decide(vt.Signals.of(ATTN_VOTE=explicit, KEY=k), state).kept)
+    q, k = (torch.randn(2, 3, n + prefix, 8, generator=noise, dtype=torch.float64) for _ in range(2))
+    state = vt.TokenState.initial(k[:, 0], prefix, layer=9, depth=12)
+    bias = torch.zeros(2, 1, 1, n + prefix, dtype=torch.float64)
+    bias[1, ..., n + prefix - padded :] = -math.inf
+    reducer, kept = create("zero_tprune", r=n // 2), []
+    live = torch.ones(2, n + prefix, dtype=torch.float64)
+    live[:, prefix + 3 : prefix + 9] = 0
+    found = []
+    for most in (0, 2**22):
+        monkeypatch.setattr(attention, "_SMALL", most)
+        votes = Votes(q, k, 0.35, bias)
+        kept.append(reducer.decide(vt.Signals.of(ATTN_VOTE=votes, KEY=k), state).kept)
+        assert (votes._map is None) is (most == 0)
+        found.append(reducer.importance(votes, live, n + prefix - 6, prefix))
+    assert torch.equal(*kept)
+    for lean, whole in zip(*found):
+        torch.testing.assert_close(lean, whole)
+    repeated = create("zero_tprune", r=n // 2, iters=2)
+    votes = Votes(q, k, 0.35, bias)
+    repeated.decide(vt.Signals.of(ATTN_VOTE=votes, KEY=k), state)
+    assert votes._map is not None
 
 
 def test_every_head_is_used_when_all_would_be_filtered() -> None:

@@ -70,4 +70,10 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float 
         )
 
 
-every_reducer = pytest.mark.parametrize("name", fitting())
+# One of each kind for the default run: merging, random selection, summing, padding, column votes, looking ahead, spans,
+# learned and soft maps, composites. The others run under `full`.
+_KINDS = ("tome", "random", "evit", "ats", "zero_tprune", "mctf", "expedite", "sit", "clca")
+
+every_reducer = pytest.mark.parametrize(
+    "name", [name if name in _KINDS else pytest.param(name, marks=pytest.mark.full) for name in fitting()]
+)

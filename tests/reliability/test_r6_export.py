@@ -20,9 +20,10 @@ def _export(model: Any, strict: bool) -> torch.export.ExportedProgram:
 
 
 # Strict export traces by the same Dynamo that test_r5 runs for every reducer.
-@pytest.mark.parametrize(("name", "strict"), [*((name, False) for name in fitting()), ("tome", True)])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
+@every_reducer
 def test_export_with_a_dynamic_batch(name: str, strict: bool) -> None:
-    model, _ = patched_tiny(name, depth=2)
+    model, _ = patched_tiny(name, depth=4)
     program = _export(model, strict)
     file = io.BytesIO()
     torch.export.save(program, file)

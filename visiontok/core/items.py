@@ -58,6 +58,7 @@ class Items:
             n0=length,
             prefix=self.prefix,
             grid=None,
+            grid0=None,
             size=None if state.size is None else self.cut(state.size),
             positions=None if state.positions is None else self.cut(state.positions),
             carry={name: self.cut(value) for name, value in state.carry.items()},

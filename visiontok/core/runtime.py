@@ -237,7 +237,7 @@ class Stage:
             grid = None
         state = TokenState(
             batch=batch, n=length, n0=length, device=x.device, prefix=self.prefix, depth=self.depth, grid=grid,
-            proportional=self.proportional, carry_rules=self.carry_rules,
+            grid0=grid, proportional=self.proportional, carry_rules=self.carry_rules,
         )  # fmt: skip
         if not torch.compiler.is_compiling() and not _recomputing():
             self.chain.opened(state)

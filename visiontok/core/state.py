@@ -66,6 +66,7 @@ class TokenState:
         padded: Whether some slots may be padding.
         mute: Whether queries of padding attend to all keys alike; see `TokenMap.mute`.
         grid: (h, w) of the non-prefix tokens while they form one, else None.
+        grid0: (h, w) of the original ones, if they formed one.
         positions: (B, N, ...) positions of the tokens, for backbones whose positions follow tokens.
         carry: Tensors (B, N, ...) that follow their tokens.
         carry_rules: How each entry of `carry` follows: `sum`, `any` or `anchor`.
@@ -88,6 +89,7 @@ class TokenState:
     padded: bool = False
     mute: bool = False
     grid: tuple[int, int] | None = None
+    grid0: tuple[int, int] | None = None
     positions: Tensor | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     carry_rules: Mapping[str, str] = field(default_factory=dict)
@@ -117,7 +119,8 @@ class TokenState:
             raise ParameterError(f"prefix must be in [0, {length}], got {prefix}.")
         if grid is not None and grid[0] * grid[1] != length - prefix:
             raise ParameterError(f"grid {grid} does not hold the {length - prefix} non-prefix tokens.")
-        return cls(batch=batch, n=length, n0=length, device=x.device, prefix=prefix, grid=grid, **fields)
+        shape = {"batch": batch, "n": length, "n0": length, "device": x.device}
+        return cls(**shape, prefix=prefix, grid=grid, grid0=grid, **fields)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Saved features must load with weights_only=True, which knows no class of ours: a state ends with its tensor.
@@ -216,7 +219,9 @@ class TokenState:
         if all(moved.back is None for moved in trail):
             live = self.size.squeeze(-1) > 0 if self.padded and self.size is not None else None
             live = live if live is None or live.shape[1] == y.shape[1] else None
-            return restore(y, self._origin(trail), fill, x=x, live=live, prefix=self.lead)
+            grid = self.grid0 if trail[0].assign.shape[1] == self.n0 else self.grid
+            grid = grid if grid is not None and math.prod(grid) == trail[0].assign.shape[1] - self.lead else None
+            return restore(y, self._origin(trail), fill, x=x, live=live, prefix=self.lead, grid=grid)
         # Learned or interpolated ways back do not compose to one gather; then only the outermost step can know x.
         for moved in reversed(trail):
             if moved.back is not None:

@@ -88,7 +88,7 @@ def _reach_gflops(reducer: Reducer, ways: Sequence[Way], items: int, measure: Me
         above, below = gmacs(0), gmacs(items - 1)
         if below <= target <= above:
             total = _least(gmacs, target, items - 1, above, below)
-            return _refined(reducer, measure, target, total, items, way)
+            return _refined(reducer, measure, target, _split(*way, total, items))
         limits += [above, below]
     raise ParameterError(
         f"{reducer.name}: gflops={target:g} is outside what this model can reach, {min(limits):.4g} … "
@@ -116,22 +116,12 @@ def _least(gmacs: Callable[[int], float], target: float, high: int, above: float
     return high
 
 
-def _refined(reducer: Reducer, measure: Measure, target: float, total: int, items: int, way: Way) -> Removals:
-    """Moves the last removal as late as the target allows: one token at one point is the finest step there is."""
-    if total == 0:
-        return _split(*way, 0, items)
-    fewer, layers = _split(*way, total - 1, items), way[0]
-
-    def with_one_at(point: int) -> Removals:
-        return {**fewer, layers[point]: fewer[layers[point]] + 1}
-
-    low, high = 0, len(layers) - 1
-    if measure(reducer, with_one_at(low)) > target:
-        return _split(*way, total, items)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if measure(reducer, with_one_at(middle)) <= target:
-            low = middle
-        else:
-            high = middle - 1
-    return with_one_at(low)
+def _refined(reducer: Reducer, measure: Measure, target: float, removals: Removals) -> Removals:
+    """Gives back tokens that the target has room for, at early layers first: a late one is the finest step there is."""
+    for layer in removals:
+        while removals[layer] > 0:
+            fewer = {**removals, layer: removals[layer] - 1}
+            if measure(reducer, fewer) > target:
+                break
+            removals = fewer
+    return removals
