@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import every_reducer, images, settings, tiny
+from reliability_support import every_reducer, images, patch_or_skip, tiny
 from torch import Tensor
 
 import visiontok as vt
+from visiontok.core.signals import Site
 from visiontok.ops import dispatch
 
 
@@ -67,7 +68,7 @@ def test_gradcheck_through_soft_and_back() -> None:
 @every_reducer
 def test_gradcheck_of_a_patched_trunk(name: str) -> None:
     model = tiny(depth=2, embed_dim=6, num_heads=1, num_classes=2, mlp_ratio=1.0).double()
-    vt.patch(model, name, **settings(name))
+    patch_or_skip(model, name)
     h = torch.randn(1, 17, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     # A step this small changes no decision, so the finite difference sees the same merge.
     assert torch.autograd.gradcheck(
@@ -83,9 +84,11 @@ def test_every_parameter_gets_the_gradient_it_would_get(name: str, pool: str) ->
     torch.nn.functional.cross_entropy(dense(images()), torch.tensor([0, 1, 2])).backward()
     reached = {key for key, p in dense.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     model = tiny(**options).train()
-    vt.patch(model, name, **settings(name))
+    red = patch_or_skip(model, name)
     torch.nn.functional.cross_entropy(model(images()), torch.tensor([0, 1, 2])).backward()
     grads = {key: p.grad for key, p in model.named_parameters()}
+    if any(part.site is Site.HEAD for reducer in red.reducers for part in reducer.parts()):
+        reached = {key for key in reached if not key.startswith(("norm.", "head."))}
     assert all(grads[key] is not None and grads[key].isfinite().all() for key in reached)
     assert {key for key in reached if grads[key].abs().sum() == 0} == set()
 
@@ -94,7 +97,7 @@ def test_every_parameter_gets_the_gradient_it_would_get(name: str, pool: str) ->
 @pytest.mark.parametrize("compat", [None, "checkpointing", "autocast"])
 def test_training_reduces_the_loss(name: str, compat: str | None) -> None:
     model = tiny(depth=2).train()
-    vt.patch(model, name, **settings(name))
+    patch_or_skip(model, name)
     model.set_grad_checkpointing(compat == "checkpointing")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     x, y = images(8), torch.arange(8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from visiontok.core.backbone import Backbone
@@ -32,7 +33,7 @@ def register(model: nn.Module, backbone: Backbone, plan: Plan, parts: Sequence[R
     stages: dict[int, int] = {}
     for point in _points(plan):
         build = _build(model, backbone, plan, point, stages.get(id(point.reducer), 0))
-        module = point.reducer.modules(build)
+        module = _made(point.reducer, build)
         if module is not None:
             stages[id(point.reducer)] = build.stage + 1
             wanted.setdefault(point.block, {})[_key(point.reducer, point.layer)] = module
@@ -42,7 +43,7 @@ def register(model: nn.Module, backbone: Backbone, plan: Plan, parts: Sequence[R
     for part in parts:
         if part.site is Site.HEAD and _learns(part):
             at = Point(Site.HEAD, plan.depth, "", part, Budget(), plan.length, plan.length)
-            module = part.modules(_build(model, backbone, plan, at, 0))
+            module = _made(part, _build(model, backbone, plan, at, 0))
             heads |= {} if module is None else {_key(part, None): module}
     _hang(model, heads, blocks[-1].module)
 
@@ -111,6 +112,13 @@ def _load_into(
 def _points(plan: Plan) -> list[Point]:
     acting = (point for point in plan.points if point.before != point.after or point.reducer.always)
     return [point for point in acting if not point.undo and _learns(point.reducer)]
+
+
+def _made(reducer: Reducer, build: Build) -> nn.Module | None:
+    # The same start for every patch under one seed, and no draw from the stream that the user's code goes on with.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + build.layer)
+        return reducer.modules(build)
 
 
 def _learns(reducer: Reducer) -> bool:

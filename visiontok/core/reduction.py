@@ -14,6 +14,7 @@ from visiontok.core.backbone import Backbone
 from visiontok.core.plan import Plan, bind
 from visiontok.core.reducer import Reducer
 from visiontok.core.runtime import Chain, LayerTrace, Stage, Step
+from visiontok.core.schedule import Budget
 from visiontok.core.signals import Site
 from visiontok.errors import NotPatchedError, ParameterError
 from visiontok.ops.restoring import Fill
@@ -79,6 +80,7 @@ class Reduction:
         self.plan: Plan = bind(self.reducers, backbone, model, _Gauge(model, backbone))
         self._chain = chain
         self._modules: list[nn.Module] = []
+        self._head: Step | None = None
 
     # ---- life cycle
 
@@ -195,11 +197,7 @@ class Reduction:
 
     def readout(self, memo: Mapping[str, Any]) -> Any:
         """The output of a reducer at site HEAD from what the forward left in the memo, or None if there is none."""
-        for reducer in self.reducers:
-            for part in reducer.parts():
-                if part.site is Site.HEAD:
-                    return part.readout(learned.part_of(self.model, part, None), memo)
-        return None
+        return None if self._head is None else self._head.reducer.readout(self._head.module, memo)
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Writes `visiontok_config.json` (and learned parts, if any); load with `visiontok.from_pretrained`.
@@ -224,6 +222,10 @@ class Reduction:
         parts = [part for reducer in self.reducers for part in reducer.parts()]
         rules = {name: rule for part in parts for name, rule in part.carry_rules.items()}
         learned.register(self.model, self.backbone, self.plan, parts)
+        heads = [
+            Step(part, Budget(), learned.part_of(self.model, part, None)) for part in parts if part.site is Site.HEAD
+        ]
+        self._head = heads[0] if heads else None
         for index, block in enumerate(blocks):
             steps: dict[str, tuple[Step, ...]] = {}
             for point in self.plan.points:

@@ -129,6 +129,10 @@ class CLCA(Reducer):
             if getattr(self, name) < 0:
                 raise ParameterError(f"clca: {name} must be at least 0, got {getattr(self, name)!r}.")
         super().__post_init__()
+        inner = EViT() if self.inner is None else self.inner
+        budget = {name: getattr(self, name) for name in self.budget_names if getattr(self, name) is not None}
+        # Made here because torch.compile cannot make one while it traces.
+        object.__setattr__(self, "_wrapped", inner.replaced(**budget) if budget else inner)
 
     @property
     def needs(self) -> tuple[Signal, ...]:
@@ -140,9 +144,7 @@ class CLCA(Reducer):
     @property
     def wrapped(self) -> Reducer:
         """The inner reducer with the budget given here."""
-        inner = EViT() if self.inner is None else self.inner
-        budget = {name: getattr(self, name) for name in self.budget_names if getattr(self, name) is not None}
-        return inner.replaced(**budget) if budget else inner
+        return vars(self)["_wrapped"]
 
     def parts(self) -> tuple[Reducer, ...]:
         inner = self.wrapped
