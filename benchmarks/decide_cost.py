@@ -71,7 +71,7 @@ def record(model: Any, images: Tensor, name: str, params: dict[str, Any]) -> Poi
             raise _Found
         return decision
 
-    patched = vt.detached(model)
+    patched: Any = vt.detached(model)
     vt.patch(patched, name, **params)
     try:
         with mock.patch.object(Stage, "_step", spy):

@@ -45,6 +45,14 @@ _OVERHEAD = (
     "Choosing and merging tokens has a price of its own; at this size and batch it is higher than what it saves. "
     "Try a larger model, or more pictures per batch (*More*)."
 )
+_UNTRAINED = (
+    "This method has learned parts that must be trained. Here they are **random**: tokens, compute and speed are right, "
+    "the answer after the reduction means nothing."
+)
+_ADAPTIVE = (
+    "This method lets each picture keep its own number of tokens: the maps show it, the table has the most that any "
+    "picture can need."
+)
 _DIGITS_ONLY = "This small model was trained on handwritten digits, bright on dark; it calls everything a digit."
 
 
@@ -64,7 +72,7 @@ def reduce(
         image: path of the picture.
         model: an embedded model or any timm vision transformer.
         reducer: registry name.
-        keep: share of the tokens kept at every layer, in (0, 1].
+        keep: share of the tokens kept wherever the reducer acts, in (0, 1].
         pretrained: download trained weights for a timm model.
         style: a key of `STYLES`.
         batch_size: pictures per timed batch, 0 picks what takes about `BATCH_SECONDS`.
@@ -105,6 +113,7 @@ def reduce(
         "random_weights": name not in models.EMBEDDED and not pretrained,
         "reducer": reducer,
         "keep": keep,
+        "adaptive": any(part.ragged for part in reduction.reducers[0].parts()),
         "tokens_in": report.tokens_in,
         "tokens": report.tokens,
         "gmacs_before": report.gmacs_before,
@@ -145,9 +154,11 @@ def build() -> gr.Blocks:
                     allow_custom_value=True,
                 )
                 pretrained = gr.Checkbox(label="Pretrained weights", info="downloads them, timm models only")
-                reducer = gr.Dropdown(reducers, value=first, label="Reducer")
+                reducer = gr.Dropdown(_choices(reducers), value=first, label="Reducer")
                 card = gr.Markdown(describe(first))
-                keep = gr.Slider(0.3, 1.0, 0.9, step=0.01, label="Keep", info="share of tokens kept at every layer")
+                keep = gr.Slider(
+                    0.3, 1.0, 0.9, step=0.01, label="Keep", info="share of tokens kept wherever the method acts"
+                )
                 with gr.Accordion("More", open=False):
                     style = gr.Radio(list(STYLES), value=next(iter(STYLES)), label="Draw groups by")
                     batch_size = gr.Radio([("automatic", 0), *BATCHES], value=0, label="Pictures per timed batch")
@@ -180,7 +191,14 @@ def describe(reducer: str) -> str:
     """One line about a reducer, from its card."""
     card = vt.describe(reducer)
     source = f" [{card.paper}]({card.url})" if card.url else ""
-    return f"{card.summary}{source}"
+    return f"{card.summary}{source}" + ("" if card.training_free else f"\n\n{_UNTRAINED}")
+
+
+def _choices(reducers: list[str]) -> list[tuple[str, str]]:
+    """Labels and names of reducers; those that need training last, and labelled."""
+    trained = {name: vt.describe(name).training_free for name in reducers}
+    label = {name: name if free else f"{name} (needs training)" for name, free in trained.items()}
+    return [(label[name], name) for name in sorted(reducers, key=lambda name: not trained[name])]
 
 
 @functools.cache
@@ -210,6 +228,8 @@ def summarize(details: dict[str, Any]) -> str:
         f"The arithmetic alone would allow {details['ideal_speedup']:.2f}×.",
         _OVERHEAD if details["speedup"] is not None and details["speedup"] < 1 else "",
         _RANDOM_WEIGHTS if details["random_weights"] else "",
+        "" if vt.describe(details["reducer"]).training_free else _UNTRAINED,
+        _ADAPTIVE if details["adaptive"] else "",
         _DIGITS_ONLY if details["model"] in models.EMBEDDED else "",
     ]
     return (

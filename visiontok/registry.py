@@ -20,8 +20,8 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Finds the classes of one kind that live one per file in a package, and those that third parties offer.
 
-    A class takes part if it is defined in a module of the package, has a public class name and a non-empty `name` in its
-    own body. Nothing is imported before the first look-up.
+    A class takes part if it is defined in a module of the package, has a public class name and a non-empty `name` in
+    its own body. Nothing is imported before the first look-up.
 
     Args:
         kind: Word used in messages, e.g. `"reducer"`.

@@ -85,6 +85,18 @@ def test_offered_reducers_come_from_the_registry(classify: Any) -> None:
     )
 
 
+def test_reducers_that_need_training_are_offered_last_and_labelled(classify: Any) -> None:
+    choices = classify._choices(classify.fitting_reducers())
+    names = [name for _, name in choices]
+    free = [visiontok.describe(name).training_free for name in names]
+    assert sorted(names) == sorted(classify.fitting_reducers())
+    assert free == sorted(free, reverse=True)
+    assert not all(free)
+    assert [label for label, _ in choices] == [f"{n}{'' if f else ' (needs training)'}" for n, f in zip(names, free)]
+    assert "random" in classify.describe("sit")
+    assert "random" not in classify.describe("tome")
+
+
 def predict(
     client: Any, image: Path | str | None, model: str = "tiny_vit", reducer: str = "tome", **options: Any
 ) -> Any:
@@ -116,6 +128,16 @@ def test_keeping_everything_says_so(client: Any, digit: Path) -> None:
     assert before == after
     assert "same answer" in summary
     assert details["gmacs_before"] == details["gmacs_after"]
+
+
+def test_untrained_parts_and_adaptive_counts_are_told(client: Any, digit: Path) -> None:
+    *_, summary, _ = predict(client, digit, reducer="clca", keep=0.6)
+    assert "learned parts" in summary
+    _, gallery, *_, summary, details = predict(client, digit, reducer="ats", keep=0.6)
+    assert "its own number of tokens" in summary
+    assert len(gallery) > 2
+    assert "learned parts" not in summary
+    assert predict(client, digit, reducer="expedite", keep=0.4)[1][-1]["caption"] == "layer 3: 26 tokens, span"
 
 
 def test_random_weights_are_called_random(client: Any, digit: Path) -> None:

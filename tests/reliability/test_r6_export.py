@@ -55,7 +55,7 @@ def test_onnx_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     for batch in (2, 5):
         (ours,) = session.run(None, {session.get_inputs()[0].name: images(batch).numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(ours), model(images(batch)), rtol=0, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(ours), model(images(batch)), rtol=0, atol=5e-5)
 
 
 @every_reducer

@@ -94,11 +94,11 @@ def test_no_resume_refuses_old_results(finished: Path, capsys: pytest.CaptureFix
 
 
 def test_failed_trials_fail_the_run_but_not_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["sweep", "--results-dir", str(tmp_path), "--reducer", "tome", "--tokens", "999", "--no-report", *QUICK]
+    command = ["sweep", "--results-dir", str(tmp_path), "--reducer", "cubist", "--tokens", "37", "--no-report", *QUICK]
     assert main([*command, "--no-timing"]) == 1
     captured = capsys.readouterr()
     assert "1 trial(s) failed; --retry-errors runs them again" in captured.err
-    assert "ERROR: tiny_vit tome tokens=999: " in captured.out
+    assert "ERROR: tiny_vit cubist tokens=37: " in captured.out
     assert json.loads(captured.out.splitlines()[-1])["ok"] == 3
 
 

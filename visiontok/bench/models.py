@@ -1,4 +1,4 @@
-"""Models by name for the command line and for trials: the embedded ones and timm's."""
+"""Models by name for the command line and for trials: the embedded ones, timm's and torchvision's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontok.bench import torchvision_models
 from visiontok.errors import (
     FormatError,
     MissingDependencyError,
@@ -42,17 +43,18 @@ def load(
     """Builds a model in eval mode.
 
     Args:
-        name: an embedded model, one of `OWN`, or a timm name, with or without a `.tag`.
-        pretrained: load timm's weights (needs the network or timm's cache); embedded models always have theirs.
+        name: an embedded model, one of `OWN`, a timm name, with or without a `.tag`, or
+            `torchvision/<name>[.<weights>]`.
+        pretrained: load the library's weights (needs the network or its cache); embedded models always have theirs.
         checkpoint: weights to load instead, `.safetensors`, or a `.pth` that is read as tensors only.
         input_size: `(C, H, W)`, None for the model's own.
         seed: seed of the weights where none are loaded.
 
     Raises:
-        UnknownNameError: neither embedded nor known to timm.
+        UnknownNameError: neither embedded nor known to the library.
         ParameterError: the model cannot take that input size.
         FormatError: the checkpoint does not fit or holds more than tensors.
-        MissingDependencyError: timm is not installed.
+        MissingDependencyError: the library is not installed.
         VisionTokError: the weights cannot be fetched.
     """
     import torch
@@ -61,6 +63,9 @@ def load(
         torch.manual_seed(seed)
         if name in OWN:
             model = _own(name, pretrained and checkpoint is None, input_size)
+        elif name.startswith(torchvision_models.PREFIX):
+            fetch = pretrained and checkpoint is None
+            model = torchvision_models.load(name, pretrained=fetch, input_size=input_size)
         else:
             model = _embedded(name, input_size) if name in EMBEDDED else _timm(name, pretrained, checkpoint, input_size)
     if checkpoint is not None:
@@ -97,8 +102,9 @@ def transform(model: nn.Module, name: str, size: Sequence[int] | None = None) ->
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Embedded models, our own and timm's (if installed) that match a shell pattern."""
-    names = [name for name in (*EMBEDDED, *OWN) if fnmatch.fnmatch(name, pattern)]
+    """Embedded models, our own, torchvision's and timm's (if installed) that match a shell pattern."""
+    known = (*EMBEDDED, *OWN, *torchvision_models.names())
+    names = [name for name in known if fnmatch.fnmatch(name, pattern)]
     try:
         import timm
     except ImportError:
@@ -117,6 +123,8 @@ def smaller_sibling(name: str) -> str | None:
         return None
     if name in OWN:
         return dict(zip(OWN[1:], OWN)).get(name)
+    if name.startswith(torchvision_models.PREFIX):
+        return torchvision_models.smaller_sibling(name)
     import timm
 
     base, _, tag = name.partition(".")
@@ -147,6 +155,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     state = {name: value for name, value in read_checkpoint(path).items() if CHILD not in name.split(".")}
     if isinstance(model, LVViT):
         return load_official(model, state, drop=("tsm.",))
+    if (getattr(model, "pretrained_cfg", None) or {}).get("source") == "torchvision":
+        from visiontok.backbones.torchvision_vit import swag_keys
+
+        state = swag_keys(state)
     try:
         model.load_state_dict(state, strict=True)
     except (RuntimeError, AttributeError) as error:

@@ -88,6 +88,7 @@ FIELDS: dict[str, Field] = {
     "wall_s": Field(_NUMBER, "seconds the trial took"),
     "created": Field((str,), "UTC time, ISO 8601"),
     "spec": Field((dict,), "the TrialSpec that reproduces the row", required=True, column=False),
+    "note": Field((str,), "what must be known to read the numbers: counts that are caps, parts that are untrained"),
 }
 
 COLUMNS: tuple[str, ...] = tuple(name for name, field in FIELDS.items() if field.column)

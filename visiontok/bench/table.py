@@ -15,13 +15,16 @@ _LEFT = 3
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Draws rows as aligned columns; failed trials follow below with their reason.
+    """Draws rows as aligned columns; notes and failed trials with their reason follow below.
 
     Where no speed-up may be claimed (the p20-p80 intervals overlap) the column shows `=`.
     """
     rows = list(rows)
     done = [row for row in rows if row["status"] == "ok"]
     lines = columns([_HEADER, *map(_cells, done)], left=_LEFT) if done else []
+    lines += [
+        f"{name}: {note}" for name, note in dict.fromkeys((r["reducer"], r["note"]) for r in done if r.get("note"))
+    ]
     for row in rows:
         if row["status"] != "ok":
             lines.append(f"{row['status'].upper()}: {label(row)}: {row.get('error')}")

@@ -53,6 +53,7 @@ def run_trial(spec: TrialSpec, cache: Path | None = None, quiet: bool = True) ->
             row |= _timing(subject, sizes, quiet)
         row |= environment.describe(subject.runtime.device)
     row |= {
+        "note": subject.note(),
         "dtype": subject.runtime.precision,
         "input_size": list(subject.input_size),
         "wall_s": round(time.perf_counter() - start, 3),
@@ -88,11 +89,12 @@ class Subject:
         self.reference = self._load(reference_name)
         self.input_size = spec.input_size or models.input_size(self.reference)
         self.reduction: Any = None
+        self.loaded = False
         if spec.reducer is not None:
             self.model = vt.detached(self.reference if spec.model == reference_name else self._load(spec.model))
             self.reduction = vt.patch(self.model, spec.reducer, **spec.arguments())
             if spec.checkpoint is not None:
-                models.load_learned(self.reduction, spec.checkpoint)
+                self.loaded = models.load_learned(self.reduction, spec.checkpoint)
         else:
             self.model = self.reference if spec.model == reference_name else self._load(spec.model)
 
@@ -127,6 +129,17 @@ class Subject:
             "gmacs_matcher": matcher,
             "ideal_speedup": base / reduced,
         }
+
+    def note(self) -> str | None:
+        """What a reader of the numbers must know, or None."""
+        reducers = () if self.reduction is None else self.reduction.reducers
+        notes = []
+        if any(part.ragged for reducer in reducers for part in reducer.parts()):
+            notes.append("counts depend on the image; tokens and GMACs are the most that an image can need")
+        if not self.loaded and any(not reducer.card.training_free for reducer in reducers):
+            found = "the checkpoint holds none" if self.spec.checkpoint else "pass trained ones with --checkpoint"
+            notes.append(f"learned parts are untrained: {found}")
+        return "; ".join(notes) or None
 
     def oracle(self, tokens: list[int] | None) -> tuple[nn.Module | None, str | None]:
         """The free-slice oracle of the reduction, or None and the reason."""

@@ -58,6 +58,8 @@ def describe(row: Mapping[str, Any]) -> str:
             ("speed-up", _verdict(speedup_text(row), row)),
             ("efficiency", _efficiencies(row)),
         ]
+    if row.get("note"):
+        lines.append(("note", row["note"]))
     if row.get("batch_decay"):
         lines.append(("memory", f"batch {', '.join(map(str, row['batch_decay']))} did not fit"))
     if row.get("launch_bound"):

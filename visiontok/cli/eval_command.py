@@ -65,8 +65,11 @@ def describe(row: Mapping[str, Any], recipe: Any = None) -> str:
     if row["role"] == "reduced":
         lines.append(("vs unreduced", f"{row['delta']:+.2f} points, McNemar p = {row['mcnemar_p']:.3g}"))
         lines.append(("agreement", f"{row['agreement']:.2f} % of the answers are the unreduced model's"))
+    if row.get("note"):
+        lines.append(("note", row["note"]))
     if recipe is not None:
-        lines.append(("published", published(recipe.expected)))
+        other = "" if row["model"] == recipe.model else f"of {recipe.model}: "
+        lines.append(("published", other + published(recipe.expected)))
     return output.pairs(lines)
 
 

@@ -81,13 +81,13 @@ def literal(raw: str) -> Any:
 def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """`-m --pretrained --checkpoint --img-size --input-size`."""
     group = parser.add_argument_group("model")
-    name_help = "tiny_vit (default, embedded and trained) or a timm name"
+    name_help = "tiny_vit (default, embedded and trained), a timm name, or torchvision/NAME"
     if several:
         group.add_argument("-m", "--model", nargs="+", metavar="NAME", help=name_help)
         group.add_argument("--model-list", metavar="FILE", help="file with one model name per line")
     else:
         group.add_argument("-m", "--model", metavar="NAME", help=name_help)
-    group.add_argument("--pretrained", action="store_true", help="load timm's pretrained weights")
+    group.add_argument("--pretrained", action="store_true", help="load the pretrained weights of timm or torchvision")
     group.add_argument("--checkpoint", metavar="FILE", help="load these weights (.safetensors, or tensors-only .pth)")
     group.add_argument("--img-size", type=positive, metavar="N", help="square input size, None for the model's own")
     group.add_argument("--input-size", type=positive, nargs=3, metavar=("C", "H", "W"), help="full input size")

@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     written = []
     for index, image in enumerate(images):
         target = _target(Path(args.output), index)
-        _draw(args, examples.picture(image, model), examples.trace(model, image, reducer, params)).save(target)
+        steps = examples.trace(model, image, reducer, params)
+        if not steps:
+            raise ParameterError(f"{reducer} moved no token, so there is nothing to draw; give it a budget")
+        _draw(args, examples.picture(image, model), steps).save(target)
         output.say(args, f"{paths[index] if paths else 'test digit'} -> {target}")
         written.append(str(target))
     output.result_line({"model": name, "reducer": reducer, "params": params, "files": written})
@@ -61,14 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(args: argparse.Namespace, picture: Any, steps: Any) -> Any:
-    from visiontok.viz import token_map, token_strip
+    from visiontok.viz import layer_maps, token_strip
 
     if not args.last:
         return token_strip(picture, steps, style=args.style, scale=args.scale)
-    if not steps:
-        raise ParameterError("nothing was reduced, so there is nothing to draw; raise the budget")
-    last = steps[-1]
-    return token_map(picture, last.origin[0], last.grid, last.prefix, style=args.style, scale=args.scale)
+    return layer_maps(picture, steps[-1:], style=args.style, scale=args.scale)[-1][1]
 
 
 def _target(path: Path, index: int) -> Path:

@@ -18,6 +18,7 @@ from visiontok.core.signals import Offers, Signal, Signals, Site
 from visiontok.core.state import Frame, TokenState, apply
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import IncompatibleError, StateLostError
+from visiontok.ops.constants import length_of
 
 __all__ = [
     "Chain",
@@ -231,7 +232,7 @@ class Stage:
         return state
 
     def _open(self, x: Tensor) -> TokenState:
-        batch, length = x.shape[:2]
+        batch, length = x.shape[0], length_of(x)
         grid = getattr(x, _GRID, None) or self.grid
         if grid is not None and grid[0] * grid[1] != length - self.prefix:
             grid = None
@@ -306,7 +307,7 @@ class Stage:
                 raise IncompatibleError(f"{reducer.name} gave a map without a grid, which this model's blocks need.")
             if tm.counts is not None and getattr(reducer, "compact", False) and _may_sync(x):
                 tm = tm.compacted()
-            reduced, after = apply(tm, x, state)
+            reduced, after = apply(_owned(tm), x, state)
         if reducer.site is Site.AROUND and tm.form != "identity":
             kept = x if reducer.fill == "self" else None
             fill: Any = reducer.fill
@@ -318,6 +319,26 @@ class Stage:
             if self.chain.check_finite:
                 _check_finite(reduced, reducer, state.layer)
         return Decision(reduced, after)
+
+
+def _owned(tm: TokenMap) -> TokenMap:
+    """The map with no view in what it leaves in the state.
+
+    The state hangs on a hidden tensor; a view of that tensor in the state would make a circle through C++, which
+    Python's garbage collector cannot see.
+    """
+    if torch.compiler.is_compiling() or (tm.memo is None and tm.stash is None and tm.carry is None):
+        return tm
+
+    def own(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(own, value))
+        return value.clone() if isinstance(value, Tensor) and value._is_view() else value
+
+    def owned(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return None if values is None else {name: own(value) for name, value in values.items()}
+
+    return tm.with_state(carry=owned(tm.carry), stash=own(tm.stash), memo=owned(tm.memo))
 
 
 def _may_sync(x: Tensor) -> bool:

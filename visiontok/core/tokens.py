@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visiontok.errors import ParameterError
 from visiontok.ops import merging
-from visiontok.ops.constants import wide_dtype
+from visiontok.ops.constants import length_of, wide_dtype
 from visiontok.ops.restoring import Fill, restore
 
 __all__ = ["Mode", "TokenMap"]
@@ -130,7 +130,7 @@ class TokenMap:
         """
         batch = index.shape[0]
         anchor = with_prefix(index, prefix)
-        count = anchor.shape[1]
+        count = length_of(anchor)
         slots = torch.arange(count, device=index.device).expand(batch, count)
         assign = torch.full((batch, length), -1, dtype=torch.int64, device=index.device).scatter(1, anchor, slots)
         return cls(assign, count, anchor=anchor, form="select", **extra)
@@ -150,7 +150,7 @@ class TokenMap:
         """
         batch = order.shape[0]
         anchor = with_prefix(order, prefix)
-        count = anchor.shape[1]
+        count = length_of(anchor)
         slots = torch.arange(count, device=order.device).expand(batch, count)
         complete = length is None or length == count + src.shape[1]
         assign = torch.full((batch, length or count + src.shape[1]), -1, dtype=torch.int64, device=order.device)

@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visiontok.errors import ParameterError
+from visiontok.ops import dispatch
 from visiontok.ops.constants import wide_dtype
 
 __all__ = ["Votes", "prefix_rows"]
 
 # Query rows whose probabilities exist at one time.
 _ROWS = 64
+# Most elements per image of a map that is formed for two uses: 2 MiB in fp32, about what a block's MLP holds at that
+# length. Beyond, memory traffic costs what a second pass does, and strips need next to no memory. Not per batch: an
+# image must be rounded alike in every batch.
+_SMALL = 2**19
+# Most heads times rows for which products with zeros are cheaper than copying the keys into another order.
+_FEW = 32
 
 
 def prefix_rows(query: Tensor, key: Tensor, prefix: int, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -25,18 +32,41 @@ def prefix_rows(query: Tensor, key: Tensor, prefix: int, scale: float, bias: Ten
         key: (B, H, N, d).
         prefix: Number P of leading queries.
         scale: Factor on the logits.
-        bias: (B, 1, 1, N) additive bias over keys.
+        bias: (B, 1, 1, N) additive bias over keys, or (B, 1, N, N).
 
     Returns:
-        (B, H, P, N); costs H * P * N * d MACs, 1 / N of the whole map for a class token.
+        (B, H, P, N); costs H * P * N * d MACs, 1 / N of the whole map for a class token, or H times that where it saves
+        a copy of all keys.
     """
     wide = wide_dtype(query.dtype)
-    return _rows(query[:, :, :prefix].to(wide), key.to(wide), scale, bias)
+    query, key, bias = query[:, :, :prefix].to(wide), key.to(wide), _strip(bias, 0, prefix)
+    heads, width = key.shape[1], key.shape[3]
+    # Keys as a projection leaves them, the heads of one token side by side.
+    woven = key.stride(1) == width and key.stride(3) == 1
+    if not woven or not 1 < heads * prefix <= _FEW:
+        return _rows(query * scale, key.transpose(-2, -1), bias)
+    apart = torch.eye(heads, dtype=wide, device=key.device).view(heads, 1, heads, 1)
+    alone = ((query * scale).unsqueeze(3) * apart).flatten(3).flatten(1, 2)
+    logits = torch.bmm(alone, key.transpose(1, 2).flatten(2).transpose(1, 2))
+    return _softmax(logits.unflatten(1, (heads, prefix)), bias)
 
 
-def _rows(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    logits = (query * scale) @ key.transpose(-2, -1)
-    return (logits if bias is None else logits + bias.to(logits.dtype)).softmax(dim=-1)
+def _rows(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    # Of scaled queries (B, H, n, d) and transposed keys (B, H, d, N).
+    return _softmax(query @ key, bias)
+
+
+def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
+    return (logits if bias is None else logits.add_(bias.to(logits.dtype))).softmax(dim=-1)
+
+
+def _strip(bias: Tensor | None, a: int, b: int) -> Tensor | None:
+    return bias if bias is None or bias.shape[-2] == 1 else bias[..., a:b, :]
+
+
+def _negentropy(rows: Tensor) -> Tensor:
+    # torch.special.entr is exact at 0 too, and takes three times as long.
+    return (rows * rows.clamp_min(torch.finfo(rows.dtype).tiny).log()).sum(dim=-1)
 
 
 class Votes:
@@ -46,7 +76,7 @@ class Votes:
         query: (B, H, N, d) after normalisation and positions.
         key: (B, H, N, d).
         scale: Factor on the logits.
-        bias: (B, 1, 1, N) additive bias over keys, e.g. log sizes or padding.
+        bias: (B, 1, 1, N) additive bias over keys, e.g. log sizes or padding, or (B, 1, N, N).
     """
 
     def __init__(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> None:
@@ -94,36 +124,57 @@ class Votes:
     def map(self) -> Tensor:
         """(B, H, N, N), formed on first use and kept; worth it when it is multiplied with many times."""
         if self._map is None:
-            self._map = _rows(self._query, self._key, self._scale, self._bias)
+            self._map = self._formed()
         return self._map
 
-    def vote(self, s: Tensor) -> Tensor:
+    def expect(self, uses: int) -> None:
+        """Forms the map if that is cheaper for so many multiplications; decided by shapes alone.
+
+        Args:
+            uses: Calls of `vote` and `attend` to come. Three or more form the map, two a small one.
+        """
+        _, heads, length = self.shape
+        if uses > 2 or (uses == 2 and heads * length * length <= _SMALL):
+            _ = self.map
+
+    def vote(self, s: Tensor, among: Tensor | None = None) -> Tensor:
         """What each key receives when query i spends s_i by its attention: Aᵀ s.
 
         Args:
             s: (B, H, N), or broadcastable to it.
+            among: (B, N) 1 for the tokens that take part, 0 for the others, which neither spend nor receive; rows of A
+                sum to one over those that do.
 
         Returns:
             (B, H, N).
         """
-        s = s.expand(self.shape).unsqueeze(2)
-        if self._map is not None:
+        s = s.to(self.dtype).expand(self.shape).unsqueeze(2)
+        if self._map is None:
+            bias = self._bias if among is None else _added(self._bias, among[:, None, None].to(self.dtype).log())
+            s = s if among is None else s * among[:, None, None]
+            parts = self._by_rows(lambda rows, a, b: s[..., a:b].to(rows.dtype) @ rows, bias)
+            return torch.stack(parts).sum(dim=0).squeeze(2) if len(parts) > 1 else parts[0].squeeze(2)
+        if among is None:
             return (s @ self._map).squeeze(2)
-        parts = self._by_rows(lambda rows, a, b: s[..., a:b].to(rows.dtype) @ rows)
-        return torch.stack(parts).sum(dim=0).squeeze(2) if len(parts) > 1 else parts[0].squeeze(2)
+        live = among[:, None, None].to(self.dtype)
+        spent = self.attend(live.transpose(2, 3).expand(*self.shape, 1)).transpose(2, 3)
+        return (s * live / spent.clamp_min(torch.finfo(self.dtype).tiny) @ self._map * live).squeeze(2)
 
     def attend(self, v: Tensor) -> Tensor:
         """A v for v (B, H, N, d)."""
         if self._map is not None:
             return self._map @ v
+        if v.shape[-1] != self._query.shape[-1]:
+            # The fused kernels take values as wide as queries only.
+            return torch.cat(self._by_rows(lambda rows, a, b: rows @ v, self._bias), dim=2)
         mask = None if self._bias is None else self._bias.to(self.dtype)
         return F.scaled_dot_product_attention(self._query, self._key, v, attn_mask=mask, scale=self._scale)
 
     def entropy(self) -> Tensor:
         """(B, H, N) entropy of each row in nats."""
         if self._map is not None:
-            return torch.special.entr(self._map).sum(dim=-1)
-        return torch.cat(self._by_rows(lambda rows, a, b: torch.special.entr(rows).sum(dim=-1)), dim=2)
+            return -_negentropy(self._map)
+        return -torch.cat(self._by_rows(lambda rows, a, b: _negentropy(rows), self._bias), dim=2)
 
     def mean_entropy(self, size: Tensor | None = None) -> Tensor:
         """(B, N) entropy in nats of each row after averaging over heads.
@@ -131,20 +182,37 @@ class Votes:
         Args:
             size: (B, N) token sizes; undoes a log-size bias of the attention. Keys of size 0 stay out.
         """
-        # A key with a = 0 divided by a tiny size stays 0.
-        scale = None if size is None else size.to(self.dtype).clamp_min(torch.finfo(self.dtype).tiny)[:, None, None]
+        if self._map is None:
+            bias = self._bias
+            if size is not None:
+                # Padding's -inf stays.
+                wide = size.to(self.dtype)[:, None, None]
+                bias = _added(bias, wide.log().neg()).masked_fill(wide == 0, -torch.inf)
+            return -torch.cat(self._by_rows(lambda rows, a, b: _negentropy(rows.mean(dim=1)), bias), dim=1)
+        rows = self._map
+        if size is not None:
+            # A key with a = 0 divided by a tiny size stays 0.
+            rows = rows / size.to(self.dtype).clamp_min(torch.finfo(self.dtype).tiny)[:, None, None]
+            rows = rows / rows.sum(dim=-1, keepdim=True)
+        return -_negentropy(rows.mean(dim=1))
 
-        def use(rows: Tensor, a: int, b: int) -> Tensor:
-            if scale is not None:
-                rows = rows / scale
-                rows = rows / rows.sum(dim=-1, keepdim=True)
-            return torch.special.entr(rows.mean(dim=1)).sum(dim=-1)
-
-        if self._map is not None:
-            return use(self._map, 0, self.shape[2])
-        return torch.cat(self._by_rows(use), dim=1)
-
-    def _by_rows(self, use: Callable[[Tensor, int, int], Tensor]) -> list[Tensor]:
+    def _formed(self) -> Tensor:
         length = self.shape[2]
-        bounds = [(a, min(a + _ROWS, length)) for a in range(0, length, _ROWS)]
-        return [use(_rows(self._query[:, :, a:b], self._key, self._scale, self._bias), a, b) for a, b in bounds]
+        needs_graph = torch.is_grad_enabled() and (self._query.requires_grad or self._key.requires_grad)
+        if dispatch.tracing() or needs_graph or length <= _ROWS:
+            return _rows(self._query * self._scale, self._key.transpose(-2, -1), self._bias)
+        # Strips, because logits beside the map would be as much memory again.
+        formed = self._query.new_empty(*self.shape, length)
+        self._by_rows(lambda rows, a, b: formed[:, :, a:b].copy_(rows), self._bias)
+        return formed
+
+    def _by_rows(self, use: Callable[[Tensor, int, int], Tensor], bias: Tensor | None) -> list[Tensor]:
+        length = self.shape[2]
+        step = -(-length // -(-length // _ROWS))
+        query, key = self._query * self._scale, self._key.contiguous().transpose(-2, -1)
+        bounds = [(a, min(a + step, length)) for a in range(0, length, step)]
+        return [use(_rows(query[:, :, a:b], key, _strip(bias, a, b)), a, b) for a, b in bounds]
+
+
+def _added(bias: Tensor | None, more: Tensor) -> Tensor:
+    return more if bias is None else bias.to(more.dtype) + more

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visiontok.ops import dispatch
 
-__all__ = ["arange_row", "shape_constant", "wide_dtype"]
+__all__ = ["arange_row", "length_of", "shape_constant", "wide_dtype"]
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32}
 
@@ -19,6 +19,12 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of `dtype` are compared and summed: at least fp32."""
     return _WIDE.get(dtype) or torch.promote_types(dtype, torch.float32)
+
+
+def length_of(x: Tensor, axis: int = 1) -> int:
+    """The size of an axis as an int, also under jit.trace, which hands out tensors for sizes."""
+    length = x.shape[axis]
+    return int(length) if torch._C._get_tracing_state() is not None else length
 
 
 def shape_constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

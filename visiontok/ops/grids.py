@@ -55,7 +55,7 @@ class Windows(NamedTuple):
         """
         batch = rows.shape[0]
         held = (self.members >= 0).view(1, *self.members.shape, 1)
-        inside = rows[:, self.members.clamp_min(0).flatten()].view(batch, *self.members.shape, -1) * held
+        inside = rows[:, self.members.clamp_min(0).flatten()].view(batch, *self.members.shape, rows.shape[-1]) * held
         # The sum of all dot products is the squared length of the sum.
         total = inside.sum(dim=2).square().sum(dim=-1) - inside.square().sum(dim=(2, 3))
         pairs = self.sizes * (self.sizes - 1)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visiontok.ops.constants import length_of
 from visiontok.ops.ordering import stable_order
 
 __all__ = ["Joined", "follow", "join"]
@@ -54,6 +55,6 @@ def follow(target: Tensor) -> Tensor:
     Args:
         target: (B, N) int64 without cycles other than tokens that name themselves.
     """
-    for _ in range(max(target.shape[1] - 1, 0).bit_length()):
+    for _ in range(max(length_of(target) - 1, 0).bit_length()):
         target = target.gather(1, target)
     return target

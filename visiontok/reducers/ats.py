@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visiontok.core.reducer import Card, Reducer, Where
 from visiontok.core.schedule import Budget, quarters
 from visiontok.core.signals import Signal, Signals
 from visiontok.core.state import TokenState
-from visiontok.core.tokens import TokenMap
+from visiontok.core.tokens import TokenMap, with_prefix
 from visiontok.errors import ParameterError
+from visiontok.ops.constants import arange_row, shape_constant
+from visiontok.ops.dispatch import tracing
 from visiontok.ops.ordering import stable_order
 from visiontok.reducers.evit import class_attention
 
@@ -48,27 +51,38 @@ def nearest(cdf: Tensor, ys: Tensor) -> Tensor:
 
     Costs M log n instead of the M x n differences, and gives the same indices as comparing all of them.
     """
+    if tracing():
+        # Exporters know no binary search.
+        return (ys.unsqueeze(2) - cdf.unsqueeze(1)).abs().argmin(dim=2)
     last = cdf.shape[1] - 1
-    above = torch.searchsorted(cdf, ys).clamp(max=last)
-    # Differences that round to the same number are a tie too, so the first index is searched among those.
-    below = (above - 1).clamp_min(0)
-    over, under = (ys - cdf.gather(1, above)).abs(), (ys - cdf.gather(1, below)).abs()
+    above = torch.searchsorted(cdf, ys).clamp_(max=last)
+    over = (cdf.gather(1, above) - ys).abs_()
+    under = (ys - cdf.gather(1, (above - 1).clamp_(min=0))).abs_()
     best = torch.minimum(over, under)
-    low, high = torch.zeros_like(above), torch.where(under <= over, below, above)
-    for _ in range(last.bit_length()):
-        middle = (low + high) // 2
-        near = (ys - cdf.gather(1, middle)).abs() <= best
-        low, high = torch.where(near, low, torch.minimum(middle + 1, high)), torch.where(near, middle, high)
-    return high
+    # Differences that round to the same number are a tie too, so the first index is searched among all: it is the
+    # number of values that lie further below their sample.
+    steps = last.bit_length()
+    padded = F.pad(cdf, (0, 2**steps - 1 - last), value=torch.inf)
+    found = torch.zeros_like(above)
+    for bit in reversed(range(steps)):
+        far = ys - padded.gather(1, found + (2**bit - 1)) > best
+        found = torch.where(far, found + 2**bit, found)
+    return found.clamp_(max=last)
 
 
 def _spread(least: Tensor, samples: int) -> Tensor:
     # (B, M) equal steps from `least` to one. Rounded as the released code does it: near ties decide between tokens.
     if samples == 1:
         return torch.ones_like(least)
-    steps = torch.arange(samples, device=least.device, dtype=torch.float32)
-    line = torch.linspace(0, 1, samples, device=least.device, dtype=torch.float32)
-    return least + (line * (samples - 1) - least * steps) / (samples - 1)
+    line, steps = _line(samples, least.device)
+    return least + (line - least * steps) / (samples - 1)
+
+
+@shape_constant
+def _line(samples: int, device: torch.device) -> Tensor:
+    # (2, M): the steps as the released code rounds them, and exactly.
+    line = torch.linspace(0, 1, samples, device=device, dtype=torch.float32)
+    return torch.stack((line * (samples - 1), torch.arange(samples, device=device, dtype=torch.float32)))
 
 
 def selection(sampled: Sampling, cap: int, state: TokenState, memo: Mapping[str, Any]) -> TokenMap:
@@ -77,20 +91,16 @@ def selection(sampled: Sampling, cap: int, state: TokenState, memo: Mapping[str,
     counts = sampled.kept.sum(dim=1)
     order = stable_order(sampled.kept.to(torch.int8), descending=True)[:, :cap]
     index = sampled.order.gather(1, order) + prefix
-    lead = torch.arange(prefix, device=index.device).expand(batch, prefix)
-    slots = torch.arange(prefix + cap, device=index.device).expand(batch, -1)
+    slots = arange_row(0, prefix + cap, index.device)
     live = slots < counts.unsqueeze(1) + prefix
-    anchor = torch.cat((lead, index), dim=1)
+    anchor = with_prefix(index, prefix)
     assign = torch.full((batch, state.n), -1, device=index.device).scatter(1, anchor, torch.where(live, slots, -1))
-    # Not of the form "select": empty slots have to become zero.
-    return TokenMap(assign, prefix + cap, anchor=anchor, counts=counts + prefix, memo=memo)
+    return TokenMap(assign, prefix + cap, anchor=anchor, counts=counts + prefix, memo=memo, form="select")
 
 
-def alive(state: TokenState, like: Tensor) -> Tensor:
-    """(B, n) bool: which non-prefix tokens are no padding."""
-    if state.size is None or not state.padded:
-        return torch.ones_like(like, dtype=torch.bool)
-    return state.size[:, state.prefix :, 0] > 0
+def alive(state: TokenState) -> Tensor | None:
+    """(B, n) bool: which non-prefix tokens are no padding, or None if none can be."""
+    return state.size[:, state.prefix :, 0] > 0 if state.padded and state.size is not None else None
 
 
 @dataclass(frozen=True)
@@ -204,27 +214,32 @@ class ATS(Reducer):
             samples: M, number of samples.
         """
         score = self.score(signals, state)
-        live = alive(state, score)
-        order = stable_order(score.masked_fill(~live, -1.0))
+        live, n = alive(state), state.items
+        order = stable_order(score if live is None else score.masked_fill(~live, -1.0))
         cdf = score.gather(1, order).cumsum(dim=1)
-        count = live.sum(dim=1, keepdim=True)
         # The cdf starts at zero, which drops the lowest score, until something left: after that the padding that the
         # released code keeps is its zero. Its DROP_TOKENS takes the padding of this batch instead.
-        whole = count == (state.items if self.compat == "official" else state.n0 - state.prefix)
-        start = cdf[:, :1].where(whole, cdf.new_zeros(()))
-        cdf = ((cdf - start) / (cdf[:, -1:] - start).clamp_min(_TINY)).masked_fill(~live.gather(1, order), 0.0)
-        least = cdf.masked_fill(cdf <= 0, 1.0).amin(dim=1, keepdim=True)
-        ys = _spread(least, samples)
-        # Padding comes first and is never picked.
-        picked = torch.maximum(nearest(cdf, ys), cdf.shape[1] - count)
-        kept = torch.zeros_like(live).scatter(1, picked.clamp(max=cdf.shape[1] - 1), True)
-        if self.compat == "official" and state.items == 2:
+        most = n if self.compat == "official" else state.n0 - state.prefix
+        shown = count = None
+        start = cdf[:, :1] if n == most else cdf.new_zeros(())
+        if live is not None:
+            shown, count = live.gather(1, order), live.sum(dim=1, keepdim=True)
+            start = cdf[:, :1].where(count == most, cdf.new_zeros(()))
+        cdf = (cdf - start) / (cdf[:, -1:] - start).clamp_min(_TINY)
+        cdf = cdf if shown is None else cdf.masked_fill(~shown, 0.0)
+        ys = _spread(cdf.masked_fill(cdf <= 0, 1.0).amin(dim=1, keepdim=True), samples)
+        picked = nearest(cdf, ys)
+        if count is not None:
+            # Padding comes first and is never picked.
+            picked = torch.maximum(picked, n - count)
+        kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, picked.clamp(max=n - 1), True)
+        if self.compat == "official" and n == 2:
             kept = torch.zeros_like(kept)
-        return Sampling(order, cdf, ys, picked, kept & live.gather(1, order))
+        return Sampling(order, cdf, ys, picked, kept if shown is None else kept & shown)
 
     def score(self, signals: Signals, state: TokenState) -> Tensor:
         """(B, n) share of each non-prefix token in the class attention times value norm."""
-        norm = signals.VALUE[:, :, state.prefix :].square().sum(dim=(1, 3)).sqrt()
+        norm = torch.linalg.vector_norm(signals.VALUE[:, :, state.prefix :], dim=(1, 3))
         score = class_attention(signals, state, self.name).sum(dim=1) * norm
         total = score.sum(dim=1, keepdim=True)
         return torch.where(total > 0, score / total.clamp_min(_TINY), 1.0 / score.shape[1])
@@ -273,18 +288,18 @@ class ATSv2(ATS):
     def sample(self, signals: Signals, state: TokenState, samples: int) -> Sampling:
         """Picks positions of the sequence; see `ATS.sample`."""
         score = self.score(signals, state)
-        live = alive(state, score)
-        cdf = score.masked_fill(~live, 0.0).cumsum(dim=1)
-        order = torch.arange(state.items, device=cdf.device).expand_as(live)
+        live = alive(state)
+        cdf = (score if live is None else score.masked_fill(~live, 0.0)).cumsum(dim=1)
+        order = arange_row(0, state.items, cdf.device).expand(cdf.shape[0], -1)
         ys = self.steps(samples, cdf).repeat(cdf.shape[0], 1)
-        if self.compat == "official":
+        if self.compat == "official" and live is not None:
             # Not monotone with padding in the middle, hence the dense comparison.
             cdf = cdf + 0.1 * ~live
             picked = (ys.unsqueeze(2) - cdf.unsqueeze(1)).abs().argmin(dim=2)
         else:
             picked = nearest(cdf, ys)
-        kept = torch.zeros_like(live).scatter(1, picked, True)
-        return Sampling(order, cdf, ys, picked, kept & live)
+        kept = torch.zeros_like(cdf, dtype=torch.bool).scatter(1, picked, True)
+        return Sampling(order, cdf, ys, picked, kept if live is None else kept & live)
 
     def steps(self, samples: int, like: Tensor) -> Tensor:
         """(M,) where the inverse is evaluated, for M samples."""
@@ -296,7 +311,7 @@ class ATSv2(ATS):
 
     def score(self, signals: Signals, state: TokenState) -> Tensor:
         """(B, n) class attention times value norm, summed over heads, as shares."""
-        norm = signals.VALUE[:, :, state.prefix :].square().sum(dim=3).sqrt()
+        norm = torch.linalg.vector_norm(signals.VALUE[:, :, state.prefix :], dim=3)
         score = (class_attention(signals, state, self.name) * norm).sum(dim=1)
         return score / (score.sum(dim=1, keepdim=True) + 1e-6)
 

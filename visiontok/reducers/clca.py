@@ -16,6 +16,7 @@ from visiontok.core.signals import Signal, Signals, Site
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
+from visiontok.ops.constants import length_of
 from visiontok.reducers.evit import EViT
 
 __all__ = ["CLCA", "AggregationHead", "Carrier", "split_official"]
@@ -197,7 +198,7 @@ class _Part(Reducer):
 
     def joined(self, state: TokenState, extra: Tensor, **fields: Any) -> TokenMap:
         """The map that takes tokens in: behind the prefix and protected, or officially at the end."""
-        batch, count = state.batch, extra.shape[1]
+        batch, count = state.batch, length_of(extra)
         if count == 0:
             return TokenMap.identity(torch.empty(batch, state.n, device=state.device), **fields)
         index = torch.arange(state.n + count, device=state.device)

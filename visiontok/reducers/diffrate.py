@@ -104,9 +104,11 @@ class DiffRate(Reducer):
         score = signals.ATTN_PREFIX.detach()[:, :, :1, prefix:].sum(dim=(1, 2))
         ranked = stable_order(score, descending=True)
         order, src = ranked[:, :kept], ranked[:, kept : state.items - self.dropped(r, state.layer)]
-        rows = matching.unit(signals.HIDDEN.detach()[:, prefix:])
-        similar, partner = matching.best_match(_take(rows, src), _take(rows, order))
+        rows = matching.unit(signals.HIDDEN[:, prefix:])
+        _, partner = matching.best_match(_take(rows, src).detach(), _take(rows, order).detach())
         dst = order.gather(1, partner)
+        # Again, for the gradient: the match itself has none.
+        similar = (_take(rows, src) * _take(rows, dst)).sum(dim=-1)
         size = rows.new_ones(rows.shape[0], state.n) if state.size is None else state.size.squeeze(-1).to(rows.dtype)
         src, dst, order = src + prefix, dst + prefix, order + prefix
         mass = size.scatter(1, src, (size.gather(1, src) * similar).clamp_min(self.floor))

@@ -14,7 +14,7 @@ from visiontok.core.signals import Signal, Signals
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap, with_prefix
 from visiontok.errors import ParameterError
-from visiontok.ops import matching
+from visiontok.ops import matching, merging
 from visiontok.ops.ordering import stable_order
 
 __all__ = ["TokenTransforming"]
@@ -77,7 +77,7 @@ class TokenTransforming(Reducer):
             score = score.masked_fill(~live, -1)
         target = stable_order(score, descending=True)[:, :kept].sort(dim=1).values
         rows = matching.unit(signals.HIDDEN[:, prefix:])
-        cosine = rows.gather(1, target.unsqueeze(-1).expand(-1, -1, rows.shape[-1])) @ rows.transpose(1, 2)
+        cosine = merging.select(rows, target) @ rows.transpose(1, 2)
         share = (cosine / self.temperature).softmax(dim=1)
         if live is not None:
             share = share * live.unsqueeze(1)

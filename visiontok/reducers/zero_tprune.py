@@ -16,7 +16,7 @@ from visiontok.core.signals import Signal, Signals, Site
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
-from visiontok.ops import matching
+from visiontok.ops import matching, merging
 from visiontok.ops.attention import Votes
 from visiontok.ops.ordering import stable_order
 
@@ -153,9 +153,7 @@ class ZeroTPrune(Reducer):
         own = self.schedule.get(state.layer) if self.schedule is not None else None
         repeats = min(self.similar if own is None else own[2], n // 2, removed)
         votes, turns = signals.ATTN_VOTE, self.turns(where)
-        if turns > 1 and removed > repeats:
-            # One map serves all rounds.
-            _ = votes.map
+        votes.expect(1 if removed == repeats else 1 + turns)
         everyone = torch.ones(state.batch, state.n, dtype=votes.dtype, device=state.device)
         score = self.importance(votes, everyone, state.n, prefix).score
         live = everyone.scatter(1, self.redundant(signals.KEY, score, repeats, prefix), 0.0)
@@ -180,13 +178,15 @@ class ZeroTPrune(Reducer):
         first = live * (count / (count - 1 + math.sqrt(count)) if self.boost and prefix else 1.0)
         if self.boost and prefix:
             first = torch.cat((first[:, :1] * math.sqrt(count), first[:, 1:]), dim=1)
-        live, signal = live.unsqueeze(1), first.unsqueeze(1).expand(votes.shape)
-        rows: Tensor | None = None
-        if count < live.shape[-1]:
-            # The restricted map is never formed: its row sums and masked votes say the same.
-            rows = votes.attend(live.unsqueeze(-1).expand(*votes.shape, 1)).squeeze(-1).clamp_min(_TINY)
-        for _ in range(turns):
-            signal = votes.vote(signal) if rows is None else votes.vote(signal / rows) * live
+        if turns == 1:
+            signal = votes.vote(first.unsqueeze(1), None if count == live.shape[-1] else live)
+            live = live.unsqueeze(1)
+        else:
+            live, signal = live.unsqueeze(1), first.unsqueeze(1).expand(votes.shape)
+            # The restricted map is never formed: its row sums, taken once, and masked votes say the same.
+            spent = votes.attend(live.unsqueeze(-1).expand(*votes.shape, 1)).squeeze(-1).clamp_min(_TINY)
+            for _ in range(turns):
+                signal = votes.vote(signal / spent) * live
         mean = signal.sum(dim=-1, keepdim=True) / count
         variance = ((signal - mean).square() * live).sum(dim=-1) / count
         used = (variance >= self.v_min) & (variance <= self.v_max)
@@ -209,8 +209,7 @@ class ZeroTPrune(Reducer):
         ranked = stable_order(score[:, prefix:], descending=True) + prefix
         kept = ranked.shape[1] - ranked.shape[1] // 2
         rows = matching.unit(key.mean(dim=1) if self.feat == "mean" else key.transpose(1, 2).flatten(2))
-        a, b = (rows.gather(1, part.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-                for part in (ranked[:, kept:], ranked[:, :kept]))  # fmt: skip
+        a, b = merging.select(rows, ranked[:, kept:]), merging.select(rows, ranked[:, :kept])
         return ranked[:, kept:], matching.best_match(a, b)[0]
 
 

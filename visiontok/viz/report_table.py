@@ -120,7 +120,11 @@ def caveats(rows: Sequence[Row]) -> list[str]:
     """
     good = [row for row in rows if row["status"] == "ok"]
     notes = [f"{len(rows) - len(good)} of {len(rows)} trials failed; they stay in the table."] * (len(rows) > len(good))
-    return notes + _timing_notes(good) + _accuracy_notes(good)
+    return notes + _timing_notes(good) + _accuracy_notes(good) + _own_notes(good)
+
+
+def _own_notes(good: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(f"{row['reducer']}: {row['note']}." for row in good if row.get("note")))
 
 
 def _timing_notes(good: Sequence[Row]) -> list[str]:
@@ -145,7 +149,8 @@ def _timing_notes(good: Sequence[Row]) -> list[str]:
             "Speed-ups hold for this machine, batch size and data type; each is a ratio of medians, timed in turns "
             "with the unreduced model."
         )
-    return notes + sorted({row["oracle_note"] for row in good if row.get("oracle_note")})
+    notes += sorted({row["oracle_note"] for row in good if row.get("oracle_note")})
+    return notes
 
 
 def _accuracy_notes(good: Sequence[Row]) -> list[str]:

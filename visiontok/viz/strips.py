@@ -39,7 +39,8 @@ def layer_maps(
         layers: which layers to draw; default all of the trace.
 
     Returns:
-        `(caption, panel)` pairs, first `input: 65 tokens`, then `layer 3: 41 tokens` and so on.
+        `(caption, panel)` pairs, first `input: 65 tokens`, then `layer 3: 41 tokens` and so on; `span` is added where
+        the reduction is undone later, so that patches without a token only wait.
 
     Raises:
         ParameterError: the trace is empty, lacks a layer, or does not fit the sample.
@@ -54,8 +55,10 @@ def layer_maps(
     panels = [(f"input: {total} tokens", enlarge(as_picture(image), scale))]
     for entry in entries:
         origin = _origin(entry, sample)
-        panel = token_map(image, origin, entry.grid, entry.prefix, style=style, scale=scale, borders=borders)
-        panels.append((f"layer {entry.layer}: {token_count(entry, sample)} tokens", panel))
+        prefix = _prefix(entry, origin)
+        panel = token_map(image, origin, entry.grid, prefix, style=style, scale=scale, borders=borders)
+        undone = ", span" if getattr(getattr(entry, "site", None), "name", None) == "AROUND" else ""
+        panels.append((f"layer {entry.layer}: {token_count(entry, sample)} tokens{undone}", panel))
     return panels
 
 
@@ -129,7 +132,9 @@ def survival_map(image: Any, trace: Sequence[Any], *, sample: int = 0, scale: in
         The picture in gray under viridis: yellow = kept for itself all the way, violet = merged or dropped early.
     """
     entries = _select(trace, None)
-    share = np.mean([_share(patch_slots(_origin(e, sample), e.grid, e.prefix)) for e in entries], axis=0)
+    origins = [_origin(entry, sample) for entry in entries]
+    slots = [patch_slots(o, entry.grid, _prefix(entry, o)) for entry, o in zip(entries, origins)]
+    share = np.mean([_share(one) for one in slots], axis=0)
     pixels = np.asarray(enlarge(as_picture(image), scale), dtype=np.float64)
     rows = (np.arange(pixels.shape[0]) * share.shape[0]) // pixels.shape[0]
     columns = (np.arange(pixels.shape[1]) * share.shape[1]) // pixels.shape[1]
@@ -141,8 +146,16 @@ def token_count(entry: Any, sample: int = 0) -> int:
     mapping = getattr(entry, "map", None)
     if mapping is None:
         return len(np.setdiff1d(_origin(entry, sample), [-1]))
-    counts = getattr(mapping, "counts", None)
-    return int(mapping.K if counts is None else counts[sample])
+    if mapping.counts is not None:
+        return int(mapping.counts[sample])
+    # Slots that an earlier reduction left empty for this sample stay, with size 0.
+    size = getattr(entry, "size", None)
+    return int(mapping.K if size is None else (as_array(size)[sample] > 0).sum())
+
+
+def _prefix(entry: Any, origin: np.ndarray) -> int:
+    """Original tokens before the patches; tokens that joined since count in `entry.prefix` and have no origin."""
+    return min(entry.prefix, max(origin.size - entry.grid[0] * entry.grid[1], 0))
 
 
 def _share(slots: np.ndarray) -> np.ndarray:
