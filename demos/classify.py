@@ -46,8 +46,8 @@ _OVERHEAD = (
     "Try a larger model, or more pictures per batch (*More*)."
 )
 _UNTRAINED = (
-    "This method has learned parts that must be trained. Here they are **random**: tokens, compute and speed are right, "
-    "the answer after the reduction means nothing."
+    "This method has learned parts that must be trained. Here they are **random**: tokens, compute and speed are "
+    "right, the answer after the reduction means nothing."
 )
 _ADAPTIVE = (
     "This method lets each picture keep its own number of tokens: the maps show it, the table has the most that any "

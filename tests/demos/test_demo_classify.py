@@ -137,7 +137,7 @@ def test_untrained_parts_and_adaptive_counts_are_told(client: Any, digit: Path) 
     assert "its own number of tokens" in summary
     assert len(gallery) > 2
     assert "learned parts" not in summary
-    assert predict(client, digit, reducer="expedite", keep=0.4)[1][-1]["caption"] == "layer 3: 26 tokens, span"
+    assert predict(client, digit, reducer="expedite", keep=0.4)[1][-1]["caption"] == "layer 6: 26 tokens, span"
 
 
 def test_random_weights_are_called_random(client: Any, digit: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import visiontok as vt
 from visiontok.core.runtime import Stage
+from visiontok.reducers.ats import selection
 from visiontok.reducers.clca import AggregationHead, split_official
 
 _INNER = {"EViT": "evit", "TopK": "topk", "ToMe": "tome", "ATS": "ats_v2", "SiT": "sit", "PatchMerger": "patch_merger",
@@ -46,7 +47,11 @@ def sampling(case: Case) -> None:
         state = state.changed(size=live.unsqueeze(-1), padded=True)
     signals = vt.Signals.of(ATTN_PREFIX=attention[:, :, :1], VALUE=value)
     reducer: Any = vt.reducers.create("ats_v2", compat="official")
-    tm = reducer.decide(signals, state, budget=length - 1 - count)
+    if count < length - 1:
+        tm = reducer.decide(signals, state, budget=length - 1 - count)
+    else:
+        # As many samples as tokens is no reduction by plan, but the released code samples all the same.
+        tm = selection(reducer.sample(signals, state, count), length - 1, state, {})
     ids = tm.kept.masked_fill(~tm.live, 0) if tm.live is not None else tm.kept
     width = case.tensors["out.ids"].shape[1]
     assert not bool(ids[:, width:].any())
@@ -72,11 +77,13 @@ def run_model(case: Case) -> None:
     assert set(red.load_learned(learned)) == set(learned)
     before: list[Tensor] = []
     after: list[Tensor] = []
+    sizes: list[Tensor] = []
     stacked: list[Tensor] = []
     leave = Stage.leave
 
     def spy(self: Any, x: Tensor, state: Any, offered: Any) -> Tensor:
         after.append(x)
+        sizes.append(torch.ones_like(x[:, :, :1]) if state.size is None else state.size)
         return leave(self, x, state, offered)
 
     def read(self: Any, module: Any, memo: Any) -> Any:
@@ -98,6 +105,8 @@ def run_model(case: Case) -> None:
         case.check(f"tokens_before_block{k}", before[k])
         case.check(f"tokens_after_block{k}", after[k])
         assert [before[k].shape[1], after[k].shape[1]] == params["tokens_in_out"][k]
+        if case.has(f"size{k}"):
+            case.check(f"size{k}", sizes[k].view_as(case.tensors[f"out.size{k}"]), exact=True)
     decisions(case, red)
 
 
@@ -117,9 +126,6 @@ def decisions(case: Case, red: Any) -> None:
             live = torch.ones_like(tm.kept, dtype=torch.bool) if tm.live is None else tm.live
             case.check(f"sample_ids{block}", tm.kept.masked_fill(~live, 0))
             case.check(f"mask{block}", live)
-        if case.has(f"size{block}"):
-            size = torch.ones(*tm.kept.shape, 1) if step.size is None else step.size
-            case.check(f"size{block}", size.view_as(case.tensors[f"out.size{block}"]), exact=True)
 
 
 def cut(case: Case, name: str, kind: str) -> bool:
@@ -139,12 +145,16 @@ def build(case: Case) -> Any:
 def reducer(case: Case) -> Any:
     """The wrapped reducer with the counts that the official rate stands for."""
     params = case.params
-    recoveries, depth = params["recovery_layers"], params["depth"]
-    blocks = [k for k in recoveries if not (params["clc_recover_at_last"] and k == depth - 2 and k == recoveries[-1])]
+    flags = ("clc", "clc_include_gap", "clc_recover_at_last", "clc_pool_cls", "clc_pool_clr", "num_clr", "ifa_head",
+             "ifa_dws_conv_groups")  # fmt: skip
+    options = {flag: params[flag] for flag in flags} | {"compat": "official"}
+    blocks = reduction_blocks(params)
     patches = (params["img_size"] // params["patch_size"]) ** 2
-    rates = params["keep_rate"] * (len(blocks) if len(params["keep_rate"]) == 1 else 1)
+    given_rates = params["keep_rate"]
+    rates = given_rates * (len(blocks) if len(given_rates) == 1 else 1)
     name = next(_INNER[n] for n in (params["model"], params["model"].removesuffix("ViT")) if n in _INNER)
-    absolute = [int(patches * rate ** (i + 1)) for i, rate in enumerate(rates)]
+    # One rate is compounded; several are, officially, counts.
+    absolute = [int(patches * rate ** (i + 1)) if len(given_rates) == 1 else int(rate) for i, rate in enumerate(rates)]
     given: dict[str, Any] = {}
     if name in ("evit", "topk"):
         given["keep_rate"] = dict(zip(blocks, rates))
@@ -155,17 +165,31 @@ def reducer(case: Case) -> Any:
         given |= {"k_neighbors": params["k_neighbors"], "equal_weight": params["equal_weight"], "compat": "official"} \
             if name == "dpc_knn" else {}  # fmt: skip
     elif name == "ats_v2":
-        given |= {"keep": {k: n + 1 for k, n in zip(blocks, absolute)}, "compat": "official"}
+        counts = [n + 1 for n in absolute] if len(given_rates) == 1 else absolute
+        given |= {"keep": dict(zip(blocks, counts)), "compat": "official"}
     elif name == "dynamic_vit":
-        # Of what came out of the block before, with what returned after it.
-        lengths = [row[1] for row in params["tokens_in_out"]]
-        probe = vt.reducers.create("clca", inner="identity", reduction_loc=tuple(blocks), num_clr=params["num_clr"])
-        now = [lengths[k - 1] + probe.returning(k - 1, depth) - 1 for k in blocks]
-        fewer = int(params["clc"])
-        given |= {"keep": {k: int((n - fewer) * rates[0]) for k, n in zip(blocks, now)}, "compat": "official"}
-    flags = ("clc", "clc_include_gap", "clc_recover_at_last", "clc_pool_cls", "clc_pool_clr", "num_clr", "ifa_head",
-             "ifa_dws_conv_groups")  # fmt: skip
+        given |= {"keep": dict(zip(blocks, predicted(params, blocks, rates, options))), "compat": "official"}
     return vt.reducers.create(
-        "clca", inner=(name, given), reduction_loc=tuple(blocks), compat="official", aside=name == "dpc_knn",
-        **{flag: params[flag] for flag in flags},
-    )  # fmt: skip
+        "clca", inner=(name, given), reduction_loc=tuple(blocks), aside=name == "dpc_knn", **options
+    )
+
+
+def reduction_blocks(params: dict[str, Any]) -> list[int]:
+    """Where the model reduces, or would: the plain ViT has blocks of its own, whatever its parameters say."""
+    blocks, recoveries = params["reduction_loc"], params["recovery_layers"]
+    if set(blocks) <= set(recoveries):
+        return list(blocks)
+    return recoveries[:-1] if params["clc_recover_at_last"] else list(recoveries)
+
+
+def predicted(params: dict[str, Any], blocks: list[int], rates: list[float], options: dict[str, Any]) -> list[int]:
+    """Tokens that DynamicViT keeps before each of its blocks, the class token not counted."""
+    if not params["clc"]:
+        start = (params["img_size"] // params["patch_size"]) ** 2
+        alone = len(params["keep_rate"]) == 1
+        return [int(start * (rate ** (i + 1) if alone else rate)) for i, rate in enumerate(rates)]
+    # Of what came out of the block before, with what returned after it.
+    lengths = [row[1] for row in params["tokens_in_out"]]
+    probe: Any = vt.reducers.create("clca", inner="identity", reduction_loc=tuple(blocks), **options)
+    now = [lengths[k - 1] + probe.returning(k - 1, params["depth"]) - 1 for k in blocks]
+    return [int((n - 1) * rates[0]) for n in now]

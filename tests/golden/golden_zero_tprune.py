@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unittest import mock
 
@@ -15,10 +16,13 @@ from visiontok.ops.attention import Votes
 
 
 def run_op(case: Case) -> None:
-    """op_*: one pruning layer, step by step and as a whole."""
+    """op_*: one pruning layer, step by step and as a whole; op_wpr_iterations*: the votes alone."""
+    if case.given("key") is None:
+        iterations(case)
+        return
     params, attention, key = case.params, case.need("attn"), case.need("key")
     batch, length = attention.shape[0], attention.shape[-1]
-    fields = {name: params[name] for name in ("boost", "feat", "v_min", "v_max") if name in params}
+    fields = fields_of(params)
     schedule = {1: (params["retention"], params["iters"], params["r"])}
     reducer: Any = vt.reducers.create("zero_tprune", schedule=schedule, **fields)
     votes = Votes.of(attention)
@@ -34,6 +38,30 @@ def run_op(case: Case) -> None:
     state = vt.TokenState.initial(attention.new_zeros(batch, length, 4), prefix=1, layer=1, depth=4)
     tm = reducer.decide(vt.Signals.of(ATTN_VOTE=Votes.of(attention), KEY=key), state)
     case.check("kept", torch.arange(length).expand(batch, -1) if tm is None else tm.kept)
+
+
+def fields_of(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: params[name] for name in ("boost", "feat", "v_min", "v_max") if name in params}
+
+
+def iterations(case: Case) -> None:
+    """Importance, or each head's signal, after as many votes as the last number in a tensor's name says."""
+    attention = case.need("attn")
+    live = torch.ones(len(attention), attention.shape[-1], dtype=attention.dtype)
+    for name in [name.removeprefix("out.") for name in case.tensors if name.startswith("out.")]:
+        want, turns = case.tensors[f"out.{name}"], int(re.findall(r"\d+", name)[-1])
+        fields = fields_of(case.params) | ({"boost": False} if "uni" in name else {})
+        reducer: Any = vt.reducers.create("zero_tprune", **fields)
+        found = reducer.importance(Votes.of(attention), live, live.shape[1], 1, turns)
+        if want.dim() == 3:
+            # A signal is not negative: of one head alone it is the importance.
+            heads = attention.flatten(0, 1).unsqueeze(1)
+            lone = live.repeat_interleave(attention.shape[1], 0)
+            case.check(name, reducer.importance(Votes.of(heads), lone, live.shape[1], 1, turns).score.view_as(want))
+        elif want.shape == live.shape:
+            case.check(name, found.score)
+        else:
+            case.check(name, found.variance if want.is_floating_point() else found.used)
 
 
 def stages(reducer: Any, votes: Votes, key: Tensor, turns: int, r: int) -> tuple[Any, Tensor, Any]:
@@ -57,7 +85,7 @@ def run_model(case: Case) -> None:
     schedule = {int(block) + 1: tuple(row) for block, row in case.params["schedule"].items()}
     with torch.no_grad():
         case.check("logits_unreduced", model(x))
-    red = vt.patch(model, "zero_tprune", schedule=schedule, trace=True)
+    red = vt.patch(model, "zero_tprune", schedule=schedule, trace=True, **fields_of(case.params))
     cls: Any = type(red.reducers[0])
     decide, importance = cls.decide, {}
 

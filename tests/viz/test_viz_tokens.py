@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import visiontok
 from visiontok.errors import ParameterError
+from visiontok.models.tiny import tiny_vit
 from visiontok.viz import label_hash, layer_maps, survival_map, token_gif, token_map, token_strip
 
 
@@ -120,6 +124,43 @@ def test_layer_maps_are_captioned_with_live_tokens() -> None:
         "layer 3: 3 tokens",
     ]
     assert [caption for caption, _ in layer_maps(QUARTERS, TRACE, layers=[3])][1:] == ["layer 3: 3 tokens"]
+
+
+def traced(reducer: str, **params: Any) -> list[Any]:
+    torch.manual_seed(0)
+    images = torch.stack([torch.zeros(3, 32, 32), *torch.rand(2, 3, 32, 32) * 2 - 1])
+    with visiontok.patched(tiny_vit(), reducer, **params, trace=True) as reduction, torch.inference_mode():
+        reduction.model(images)
+        return reduction.trace
+
+
+@pytest.mark.parametrize(
+    ("reducer", "params"),
+    [
+        ("sit", {"keep": 0.5}),
+        ("token_transforming", {"keep": 0.5}),
+        ("expedite", {"clusters": (4, 4), "start": 4, "end": 8}),
+        ("evo_vit", {"keep": 0.5}),
+        ("clca", {"inner": "evit", "keep": 0.6, "num_clr": 2}),
+        ("ats", {}),
+        ("ats", {"compact": False}),
+        ("mpm", {"adaptive": True, "compact": False}),
+        ("cubist", {"keep": 0.5}),
+    ],
+)
+def test_every_kind_of_reduction_is_drawn_where_its_origin_says(reducer: str, params: dict[str, Any]) -> None:
+    trace = traced(reducer, **params)
+    for sample in (0, 2):
+        panels = layer_maps(np.zeros((32, 32)), trace, sample=sample, scale=1, borders=False)
+        assert len(panels) == len(trace) + 1
+        for (caption, panel), step in zip(panels[1:], trace):
+            # N0 = one class token and 64 patches, whatever joined the sequence since.
+            dropped = (step.origin[sample, 1:].view(8, 8) < 0).repeat_interleave(4, 0).repeat_interleave(4, 1).numpy()
+            assert np.array_equal(pixels(panel).sum(-1) > 0, dropped), "hatched where dropped, else the black picture"
+            live = step.map.K if step.size is None else int((step.size[sample] > 0).sum())
+            assert caption.startswith(f"layer {step.layer}: {live} tokens")
+            assert caption.endswith(", span") == (step.site.name == "AROUND")
+        survival_map(np.zeros((32, 32)), trace, sample=sample)
 
 
 def test_strip_has_a_panel_per_layer_and_wraps() -> None:

@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 the run failed, 2 wrong usage, 3 nothing matched (no such 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import visiontok
 from visiontok import errors
@@ -51,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else USAGE
     try:
-        return args.run(args) or OK
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show_warning, args.command)
+            return args.run(args) or OK
     except errors.VisionTokError as error:
         if args.debug:
             raise
@@ -64,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has what it wanted; without this Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+
+
+def _show_warning(command: str, message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, as errors are; where the code is that warns helps nobody at a prompt."""
+    print(f"visiontok {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def exit_code(error: errors.VisionTokError) -> int:

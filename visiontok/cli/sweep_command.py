@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _specs(args: argparse.Namespace) -> tuple[list[str], list[Any]]:
+    import visiontok as vt
     from visiontok.bench.models import DEFAULT_MODEL
     from visiontok.bench.sweep import DEFAULT_REDUCERS, DEFAULT_SHARES, grid
 
@@ -90,6 +91,9 @@ def _specs(args: argparse.Namespace) -> tuple[list[str], list[Any]]:
     budgets = [{name: options.budget(text)} for name in options.BUDGETS for text in (getattr(args, name) or ())]
     params: dict[str, Any] = dict(args.set)
     reducers = args.reducer or ([recipe.method] if recipe is not None else DEFAULT_REDUCERS)
+    for name in reducers:
+        # A name that does not exist would fail in every one of its trials, after all others have run.
+        vt.describe(name)
     if recipe is not None:
         params = {**recipe.fields, **params}
         budgets = budgets or ([dict(recipe.schedule)] if recipe.schedule else [])

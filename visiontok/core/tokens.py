@@ -115,7 +115,7 @@ class TokenMap:
         Args:
             like: (B, N, ...) any tensor over the tokens.
         """
-        batch, length = like.shape[:2]
+        batch, length = like.shape[0], length_of(like)
         index = torch.arange(length, device=like.device).expand(batch, length)
         return cls(index, length, anchor=index, form="identity", **extra)
 

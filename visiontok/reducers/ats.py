@@ -232,7 +232,7 @@ class ATS(Reducer):
         if count is not None:
             # Padding comes first and is never picked.
             picked = torch.maximum(picked, n - count)
-        kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, picked.clamp(max=n - 1), True)
+        kept = torch.zeros_like(order, dtype=torch.uint8).scatter(1, picked.clamp(max=n - 1), 1).bool()
         if self.compat == "official" and n == 2:
             kept = torch.zeros_like(kept)
         return Sampling(order, cdf, ys, picked, kept if shown is None else kept & shown)
@@ -257,7 +257,7 @@ class ATSv2(ATS):
         ats_blocks: Blocks that sample. Default: a quarter, half and three quarters (3, 6, 9 of 12).
         compact: See `ATS`.
         compat: `"official"` places samples as the released code's float steps do (mostly one fewer) and lets padding in
-            the middle of the sequence attract samples.
+            the middle of the sequence attract samples, by which it becomes a token again.
     """
 
     name = "ats_v2"
@@ -287,16 +287,17 @@ class ATSv2(ATS):
     @torch.no_grad()
     def sample(self, signals: Signals, state: TokenState, samples: int) -> Sampling:
         """Picks positions of the sequence; see `ATS.sample`."""
-        score = self.score(signals, state)
-        live = alive(state)
-        cdf = (score if live is None else score.masked_fill(~live, 0.0)).cumsum(dim=1)
-        order = arange_row(0, state.items, cdf.device).expand(cdf.shape[0], -1)
-        ys = self.steps(samples, cdf).repeat(cdf.shape[0], 1)
-        if self.compat == "official" and live is not None:
-            # Not monotone with padding in the middle, hence the dense comparison.
-            cdf = cdf + 0.1 * ~live
-            picked = (ys.unsqueeze(2) - cdf.unsqueeze(1)).abs().argmin(dim=2)
+        score, live = self.score(signals, state), alive(state)
+        order = arange_row(0, state.items, score.device).expand(score.shape[0], -1)
+        ys = self.steps(samples, score).repeat(score.shape[0], 1)
+        if self.compat == "official":
+            cdf = score.cumsum(dim=1)
+            # Not monotone with padding in the middle. What cdist rounds decides near ties.
+            cdf = cdf if live is None else cdf + 0.1 * ~live
+            picked = torch.cdist(ys.unsqueeze(2), cdf.unsqueeze(2)).argmin(dim=2)
+            live = None
         else:
+            cdf = (score if live is None else score.masked_fill(~live, 0.0)).cumsum(dim=1)
             picked = nearest(cdf, ys)
         kept = torch.zeros_like(cdf, dtype=torch.bool).scatter(1, picked, True)
         return Sampling(order, cdf, ys, picked, kept if live is None else kept & live)
