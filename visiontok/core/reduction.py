@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from visiontok.core import flops, learned, patching, saving
 from visiontok.core.backbone import Backbone
+from visiontok.core.gauge import Gauge
 from visiontok.core.plan import Plan, bind
 from visiontok.core.reducer import Reducer
 from visiontok.core.runtime import Chain, LayerTrace, Stage, Step
@@ -77,7 +78,7 @@ class Reduction:
         self.model = model
         self.backbone = backbone
         self.reducers = tuple(reducers)
-        self.plan: Plan = bind(self.reducers, backbone, model, _Gauge(model, backbone))
+        self.plan: Plan = bind(self.reducers, backbone, model, Gauge(model, backbone))
         self._chain = chain
         self._modules: list[nn.Module] = []
         self._head: Step | None = None
@@ -145,7 +146,7 @@ class Reduction:
             )
         (target,) = targets
         changed = (target.replaced(**params),)
-        plan = bind(changed, self.backbone, self.model, _Gauge(self.model, self.backbone))
+        plan = bind(changed, self.backbone, self.model, Gauge(self.model, self.backbone))
         self.reducers, self.plan = changed, plan
         # Notes of earlier forwards, in any thread, belong to the old plan.
         self._chain = self._chain.fresh()
@@ -259,23 +260,3 @@ class Reduction:
 
 def _free(step: Step) -> Step:
     return Step(flops.Leading(inner=step.reducer), step.budget, order=step.order)
-
-
-class _Gauge:
-    """GMACs of a model as a function of the tokens that one reducer removes at each layer."""
-
-    def __init__(self, model: nn.Module, backbone: Backbone) -> None:
-        self._model = model
-        self._backbone = backbone
-        self._ghost: Reduction | None = None
-
-    def __call__(self, reducer: Reducer, removals: dict[int, int]) -> float:
-        if self._ghost is None:
-            ghost = flops.meta_copy(self._model)
-            if patching.ATTRIBUTE in vars(ghost):
-                vars(ghost)[patching.ATTRIBUTE].unpatch()
-            self._ghost = Reduction(ghost, self._backbone, [flops.Leading(inner=reducer, r=removals)], Chain())
-            self._ghost.install()
-        self._ghost.set(inner=reducer, r=removals)
-        size = self._backbone.input_size(self._model)
-        return flops.profile(self._ghost.model, flops.meta_input(self._ghost.model, size)).total / 1e9

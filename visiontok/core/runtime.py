@@ -256,7 +256,8 @@ class Stage:
         if any(self._acts(step, state) for step in self.steps.get("MID", ())):
             return False
         following = [step for step in self.steps.get("NEXT", ()) if not free_of_attention(step.reducer)]
-        return not any(self._acts(step, state) for step in following)
+        later = state.changed(layer=self.layer + 1) if following else state
+        return not any(self._acts(step, later) for step in following)
 
     def before(self, x: Tensor, state: TokenState, offered: Offers) -> Decision:
         """Reduces before the block; `offered` are its own signals, for reducers that look ahead."""

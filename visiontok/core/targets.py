@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from visiontok.core.reducer import Reducer, Where
@@ -24,7 +25,8 @@ def solve(reducer: Reducer, depth: int, items: int, measure: Measure | None = No
         reducer: With any kind of budget.
         depth: Blocks of the model.
         items: Non-prefix tokens that the model starts with.
-        measure: GMACs of the model when the reducer removes given numbers of tokens at its points; for `gflops`.
+        measure: GMACs of the model when the reducer removes given numbers of tokens at its points; for `gflops`. If it
+            has a method `exact`, calls may be predictions, which that one then confirms.
 
     Raises:
         ParameterError: The target is out of reach.
@@ -39,6 +41,12 @@ def solve(reducer: Reducer, depth: int, items: int, measure: Measure | None = No
         removals = _reach_tokens(reducer, ways, depth, items)
     else:
         removals = _reach_gflops(reducer, ways, items, measure)
+        exact: Measure | None = getattr(measure, "exact", None)
+        if exact is not None and not math.isclose(
+            exact(reducer, removals), (measure or exact)(reducer, removals), rel_tol=1e-6
+        ):
+            # A model whose compute is no such function of its token counts.
+            removals = _reach_gflops(reducer, ways, items, exact)
     return {layer: Budget(r=r) for layer, r in removals.items()}
 
 
