@@ -31,12 +31,12 @@ _ORIGIN = {
     "supports": "visiontok.api",
     "unpatch": "visiontok.api",
 }
-_MODULES = ("backbones", "bench", "core", "errors", "hub", "models", "ops", "reducers", "viz")
+_MODULES = ("backbones", "bench", "core", "errors", "hub", "models", "ops", "reducers", "training", "viz")
 
 __all__ = [*_ORIGIN, "__version__", *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from visiontok import backbones, bench, core, errors, hub, models, ops, reducers, viz
+    from visiontok import backbones, bench, core, errors, hub, models, ops, reducers, training, viz
     from visiontok.api import (
         compatibility,
         describe,

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import visiontok as vt
 from visiontok.bench import models, timing, trial
 from visiontok.bench.results import TrialSpec
 from visiontok.bench.schema import check_row
+from visiontok.bench.table import table
 from visiontok.errors import FormatError, ParameterError, UnknownNameError, VisionTokError
 
 pytest.importorskip("timm")
@@ -89,6 +92,33 @@ def test_failures_are_rows_with_a_reason(fields: dict, text: str) -> None:
     assert row["status"] == "error"
     assert text in row["error"]
     assert check_row(row) == []
+
+
+@pytest.mark.parametrize(
+    ("reducer", "params", "checkpoint", "note"),
+    [
+        ("evit", {"keep": 0.5}, None, None),
+        ("ats", {}, None, "counts depend on the image; tokens and GMACs are the most that an image can need"),
+        ("sit", {"keep": 0.5}, None, "learned parts are untrained: pass trained ones with --checkpoint"),
+        ("clca", {"inner": "evit", "keep": 0.5}, None, "learned parts are untrained: pass trained ones"),
+        ("sit", {"keep": 0.5}, "dense", "learned parts are untrained: the checkpoint holds none"),
+        ("sit", {"keep": 0.5}, "sit", None),
+    ],
+)
+def test_a_row_says_what_its_numbers_hide(
+    reducer: str, params: dict, checkpoint: str | None, note: str | None, tmp_path: Path
+) -> None:
+    if checkpoint is not None:
+        model = models.load("tiny_vit")
+        if checkpoint != "dense":
+            vt.patch(model, checkpoint, **params)
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+    file = None if checkpoint is None else str(tmp_path / "model.safetensors")
+    row = trial.run_trial(TrialSpec("tiny_vit", reducer, params, checkpoint=file, data="none", timing=False))
+    assert (row["note"] or "").startswith(note or "")
+    assert (row["note"] is None) == (note is None)
+    assert check_row(row) == []
+    assert (f"{reducer}: {row['note']}" in table([row, row]).splitlines()) == (note is not None)
 
 
 @pytest.mark.parametrize("runtime", [{"dtype": "bfloat16"}, {"amp": True}, {"channels_last": True}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +156,8 @@ def test_eval_with_a_recipe_prints_what_was_published(tmp_path: Path, capsys: py
     assert "top-1 97.1 (nowhere)" in text
     row = json.loads(text.splitlines()[-1])
     assert row["params"] == {"prop_attn": False, "r": 3}
+    assert main(["eval", "--recipe", str(recipe), "-m", "tiny_vit_small_dense", "--max-images", "20"]) == 0
+    assert "of tiny_vit: top-1 97.1 (nowhere)" in capsys.readouterr().out
     assert main(["eval", "--recipe", str(recipe), "--keep", "0.9", "--max-images", "20", "--quiet"]) == 0
     assert result(capsys)["params"] == {"prop_attn": False, "keep": 0.9}
 
@@ -188,6 +191,35 @@ def test_viz(tmp_path: Path, scans: Path, capsys: pytest.CaptureFixture[str]) ->
     strip = Image.open(out)
     assert main(["viz", "--last", "--style", "label", "--quiet", "-o", str(out)]) == 0
     assert Image.open(out).width < strip.width
+
+
+def test_viz_of_tokens_that_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "joined.png"
+    command = ["viz", "--reducer", "clca", "--set", "inner=evit", "--keep", "0.7", "-o", str(out)]
+    assert [main(command), main([*command, "--last"])] == [0, 0]
+    assert Image.open(out).size == (256, 256)
+
+
+def test_viz_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["viz", "--reducer", "identity", "-o", str(tmp_path / "out.png")]) == 2
+    assert "identity moved no token" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_warnings_are_one_line_and_end_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.showwarning
+    assert main(["info", "-m", "tiny_vit", "--reducer", "evit"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("visiontok info: warning: evit was patched without a budget")
+    assert warnings.showwarning is before
+
+
+def test_sweep_refuses_a_misspelt_method_before_it_runs_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "--reducer", "tome", "pitomee", "--results-dir", str(tmp_path / "out")]) == 2
+    assert "unknown reducer 'pitomee'. Did you mean 'pitome'?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_viz_of_an_unreadable_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

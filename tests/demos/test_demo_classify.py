@@ -133,6 +133,7 @@ def test_keeping_everything_says_so(client: Any, digit: Path) -> None:
 def test_untrained_parts_and_adaptive_counts_are_told(client: Any, digit: Path) -> None:
     *_, summary, _ = predict(client, digit, reducer="clca", keep=0.6)
     assert "learned parts" in summary
+    assert "-" not in summary.split("GMACs per picture")[1].split("%")[0]
     _, gallery, *_, summary, details = predict(client, digit, reducer="ats", keep=0.6)
     assert "its own number of tokens" in summary
     assert len(gallery) > 2

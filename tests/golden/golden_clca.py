@@ -97,7 +97,8 @@ def run_model(case: Case) -> None:
     for hook in hooks:
         hook.remove()
     if count:
-        before[0] = torch.cat((before[0], red.model.blocks[0].visiontok["clca_0"]().expand(len(x), -1, -1)), dim=1)
+        carriers: Any = model.blocks[0].visiontok["clca_0"]
+        before[0] = torch.cat((before[0], carriers().expand(len(x), -1, -1)), dim=1)
     case.check("logits", logits)
     if case.has("inter_cls"):
         case.check("inter_cls", stacked[0])

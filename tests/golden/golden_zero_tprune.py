@@ -95,13 +95,20 @@ def run_model(case: Case) -> None:
         importance[state.layer] = found.score.gather(1, rows(live))
         return decide(self, signals, state, budget)
 
-    with torch.no_grad(), mock.patch.object(cls, "decide", spy), blocks_of(model) as after:
+    # Also where nothing leaves, for the importance.
+    asked = mock.patch.object(cls, "always", True)
+    with torch.no_grad(), asked, mock.patch.object(cls, "decide", spy), blocks_of(model) as after:
         case.check("logits", model(x))
     assert [y.shape[1] for y in after] == case.params["lens"] == red.tokens
     for block, y in enumerate(after):
         case.check(f"tokens_after_block{block}", y)
-    for step in red.trace:
-        case.check(f"kept{step.layer - 1}", step.map.kept)
-        case.check(f"source{step.layer - 1}", rows(step.origin >= 0))
+    steps = {step.layer: step for step in red.trace}
+    source = torch.arange(red.plan.length).expand(len(x), -1)
+    for layer in sorted(schedule):
+        step = steps.get(layer)
+        kept = torch.arange(source.shape[1]).expand_as(source) if step is None else step.map.kept
+        source = source if step is None else rows(step.origin >= 0)
+        case.check(f"kept{layer - 1}", kept)
+        case.check(f"source{layer - 1}", source)
     for layer, score in importance.items():
         case.check(f"imp{layer - 1}", score)

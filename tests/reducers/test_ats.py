@@ -220,3 +220,27 @@ def test_the_unsorted_variant_equals_its_golden_files(path: Path) -> None:
     assert not tm.live[:, width:].any()
     assert torch.equal(tm.kept.masked_fill(~tm.live, 0)[:, :width], ids)
     assert torch.equal(tm.live[:, :width], data["out.mask"])
+
+
+def test_released_unsorted_variant_samples_padding_like_tokens() -> None:
+    noise = torch.Generator().manual_seed(30)
+    attention = torch.randn(4, 2, 26, 26, generator=noise).mul(3)
+    value = torch.randn(4, 2, 26, 8, generator=noise)
+    live = torch.ones(4, 26, dtype=torch.bool)
+    for b in range(1, 4):
+        live[b, 12 - 2 * b : 22] = False
+    attention = attention.masked_fill(~live.view(4, 1, 1, 26), -torch.inf).softmax(dim=-1)
+    state = vt.TokenState.initial(torch.zeros(4, 26, 1)).changed(size=live.float().unsqueeze(-1), padded=True)
+    signals = vt.Signals.of(ATTN_PREFIX=attention[:, :, :1], VALUE=value)
+    tm = create("ats_v2", compat="official").decide(signals, state, budget=25 - 13)
+    steps = torch.arange(1 / 26, 25 / 26, 1 / 13).tolist()
+    revived = 0
+    for b in range(4):
+        score = [sum(float(attention[b, h, 0, j] * value[b, h, j].norm()) for h in range(2)) for j in range(1, 26)]
+        cdf = torch.tensor(score).div(sum(score) + 1e-6).cumsum(dim=0) + 0.1 * ~live[b, 1:]
+        want = sorted({min(range(25), key=lambda i: abs(s - float(cdf[i]))) + 1 for s in steps})
+        assert kept(tm, b, 1) == want
+        revived += sum(not live[b, j] for j in want)
+    assert revived
+    size: Any = vt.apply(tm, torch.zeros(4, 26, 1), state)[1].size
+    assert size[:, :, 0].sum(dim=1).tolist() == tm.counts.tolist()

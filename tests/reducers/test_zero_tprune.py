@@ -146,3 +146,18 @@ def test_every_head_is_used_when_all_would_be_filtered() -> None:
 def test_bad_parameters_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match="zero_tprune"):
         create("zero_tprune", **bad)
+
+
+def test_a_point_that_removes_nothing_does_not_hide_the_next_one() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model: Any = VisionTransformer(img_size=16, patch_size=4, embed_dim=12, depth=4, num_heads=2, num_classes=5).eval()
+    image = torch.randn(1, 3, 16, 16)
+    alone = vt.patch(model, "zero_tprune", schedule={3: (0.6, 1, 2)})
+    with torch.no_grad():
+        want = model(image)
+        alone.unpatch()
+        red = vt.patch(model, "zero_tprune", schedule={2: (1.0, 5, 0), 3: (0.6, 1, 2)})
+        assert torch.equal(model(image), want)
+    assert red.tokens == red.plan.tokens == [17, 17, 9, 9]

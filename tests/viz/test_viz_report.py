@@ -73,6 +73,10 @@ def test_no_speed_up_is_printed_where_intervals_overlap(row: Any) -> None:
     assert any("no speed-up to report" in text for text in caveats(page_rows))
 
 
+def test_headline_of_what_was_not_timed(row: Any) -> None:
+    assert headline([row(speedup=None, speedup_clear=None)]).startswith("Speed was not measured")
+
+
 def test_headline_names_the_fastest_that_statistics_support(row: Any, sweep: Any) -> None:
     assert "tome r=3, 1.19× [1.15, 1.24] at -0.40 points" in headline(sweep)
     assert "see its accuracy" in headline([row(mcnemar_p=0.001)])

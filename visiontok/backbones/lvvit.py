@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visiontok.backbones.timm_vit import PatchedAttention, PatchedNorm, TimmViT, _PreNormBlock
+from visiontok.backbones.timm_vit import PatchedAttention, PatchedFeatures, PatchedNorm, TimmViT, _PreNormBlock
 from visiontok.core.backbone import Swap, own_class
-from visiontok.core.runtime import attach_state, hint_grid, state_of
+from visiontok.core.runtime import hint_grid
 from visiontok.core.signals import Signal, Site
 from visiontok.errors import IncompatibleError
 
@@ -31,26 +31,11 @@ class PatchedLVAttention(PatchedAttention):
         return self.heads(x)
 
 
-class PatchedLVViT:
+class PatchedLVViT(PatchedFeatures):
     """The model: hands the patch grid to block 0 and lets features and head see the token state."""
-
-    _visiontok: Any
 
     def _pos_embed(self: Any, x: Tensor) -> Tensor:
         return hint_grid(super()._pos_embed(x), self.patch_embed.grid_size)  # type: ignore[misc]
-
-    def forward_features(self: Any, x: Tensor) -> Tensor:
-        y = super().forward_features(x)  # type: ignore[misc]
-        state = state_of(y)
-        return y if state is None else attach_state(*state.whole(y, self._visiontok.restore_fill))
-
-    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-        state = state_of(x)
-        if state is not None and not pre_logits:
-            output = self._visiontok.readout(state.memo)
-            if output is not None:
-                return output
-        return super().forward_head(x, pre_logits)  # type: ignore[misc]
 
 
 class LVViTBackbone(TimmViT):

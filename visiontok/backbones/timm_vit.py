@@ -176,15 +176,10 @@ class PatchedNorm:
         return carry_state(x, super().forward(x))  # type: ignore[misc]
 
 
-class PatchedViT:
-    """The model: hands the patch grid to block 0 and lets pools and feature maps see sizes and origins."""
+class PatchedFeatures:
+    """What a consumer of tokens does with their state: ends spans, restores, or lets a reducer read the output out."""
 
     _visiontok: Any
-
-    def _pos_embed(self: Any, x: Tensor) -> Tensor:
-        # Not the grid of the plan: a dynamic size or set_input_size may have changed it.
-        height, width = x.shape[1:3] if x.dim() == 4 else self.patch_embed.grid_size
-        return hint_grid(super()._pos_embed(x), (int(height), int(width)))  # type: ignore[misc]
 
     def forward_features(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
@@ -200,6 +195,15 @@ class PatchedViT:
         y = super().forward_head(x, pre_logits)  # type: ignore[misc]
         # Without pool and head the features themselves come out; their state must not.
         return y if state_of(y) is None else y.view_as(y)
+
+
+class PatchedViT(PatchedFeatures):
+    """The model: hands the patch grid to block 0 and lets pools and feature maps see sizes and origins."""
+
+    def _pos_embed(self: Any, x: Tensor) -> Tensor:
+        # Not the grid of the plan: a dynamic size or set_input_size may have changed it.
+        height, width = x.shape[1:3] if x.dim() == 4 else self.patch_embed.grid_size
+        return hint_grid(super()._pos_embed(x), (int(height), int(width)))  # type: ignore[misc]
 
     def pool(self: Any, x: Tensor, pool_type: str | None = None) -> Tensor:
         state = state_of(x)

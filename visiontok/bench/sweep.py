@@ -10,9 +10,8 @@ from visiontok.bench.launch import LaunchOptions, Row, launch
 from visiontok.bench.results import ResultStore, TrialSpec, to_csv, to_jsonl
 from visiontok.bench.table import order
 
-DEFAULT_REDUCERS = ("tome", "pitome")
-# Removing tokens evenly down to one leaves half of the compute: the first blocks still see them all.
-DEFAULT_SHARES = (0.85, 0.7, 0.55)
+DEFAULT_REDUCERS = ("tome", "pitome", "evit")
+DEFAULT_SHARES = (0.7, 0.5, 0.3)
 BASELINE_REDUCER = "random"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,11 +110,14 @@ def _input_size(name: str, base: str, weights: Any, pretrained: bool, size: Sequ
 
 def _fetch(name: str, weights: Any) -> dict[str, Any]:
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
+        # torch announces a download on standard output, where commands print results.
+        with contextlib.redirect_stdout(sys.stderr):
+            return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise VisionTokError(
-            f"the weights of '{name}' cannot be fetched: {reason} Without a network, pass a file with --checkpoint"
+            f"the weights of '{name}' cannot be fetched: {reason.rstrip('.')}. Without a network, pass a file with "
+            "--checkpoint"
         ) from error
 
 

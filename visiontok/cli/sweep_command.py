@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smaller-model", metavar="NAME", help="smaller dense baseline, 'none' for none")
     options.add_reducer(parser, several=True)
     parser.add_argument(
-        "--share", type=_share, nargs="+", metavar="X", help="budgets as shares of the model's GMACs (0.85 0.7 0.55)"
+        "--share", type=_share, nargs="+", metavar="X", help="budgets as shares of the model's GMACs (0.7 0.5 0.3)"
     )
     options.add_data(parser, loaders="--load-workers")
     options.add_run(parser, batch=16, warm=3, rounds=20)

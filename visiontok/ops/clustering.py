@@ -196,20 +196,26 @@ def reconstruct_weights(
     if norm not in ("l1", "l2"):
         raise ParameterError(f"norm must be 'l1' or 'l2', got {norm!r}.")
     _positive("temperature", temperature)
-    wide = wide_dtype(before.dtype)
+    wide, order = wide_dtype(before.dtype), 1 if norm == "l1" else 2
     before, after = before.to(wide), after.to(wide)
+    if official:
+        return _released_weights(before, after, k, temperature, order)
     middle = before.detach().mean(dim=1, keepdim=True)
     logits = _closeness(before - middle, after - middle, temperature)
     if 0 < k < after.shape[1]:
-        logits = logits.masked_fill(~_nearest(logits.detach(), k, official), -math.inf)
+        logits = logits.masked_fill(~_nearest(logits.detach(), k), -math.inf)
     # The largest weight is 1 before scaling, so they cannot all vanish.
-    largest = logits.detach().amax(dim=-1, keepdim=True)
-    weights = (logits - largest).exp()
-    total = torch.linalg.vector_norm(weights, ord=1 if norm == "l1" else 2, dim=-1, keepdim=True)
-    if official:
-        own = temperature * (before - middle).detach().square().sum(dim=-1, keepdim=True)
-        total = total.maximum((math.log(1e-12) - (largest - own)).exp())
-    return weights / total
+    weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp()
+    return weights / torch.linalg.vector_norm(weights, ord=order, dim=-1, keepdim=True)
+
+
+def _released_weights(before: Tensor, after: Tensor, k: int, temperature: float, order: int) -> Tensor:
+    # Clusters often come out nearly equal, and then its rounding decides which of them count.
+    squares = before.square().sum(dim=-1, keepdim=True) + after.square().sum(dim=-1).unsqueeze(1)
+    weights = (-temperature * (squares - 2 * (before @ after.transpose(-1, -2)))).exp()
+    if 0 < k < after.shape[1]:
+        weights = weights.masked_fill(weights < weights.detach().topk(k, dim=-1).values[..., -1:], 0)
+    return weights / torch.linalg.vector_norm(weights, ord=order, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def fit_cells(grid: tuple[int, int], most: int) -> tuple[int, int]:
@@ -230,10 +236,8 @@ def fit_cells(grid: tuple[int, int], most: int) -> tuple[int, int]:
     return max(found)[2:]
 
 
-def _nearest(logits: Tensor, k: int, ties: bool) -> Tensor:
+def _nearest(logits: Tensor, k: int) -> Tensor:
     least = logits.topk(k, dim=-1).values[..., -1:]
-    if ties:
-        return logits >= least
     above, level = logits > least, logits == least
     return above | (level & (level.cumsum(dim=-1) <= k - above.sum(dim=-1, keepdim=True)))
 

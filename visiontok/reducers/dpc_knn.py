@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visiontok.core.reducer import Build, Card, Reducer, Where
-from visiontok.core.schedule import Budget, quarters
-from visiontok.core.signals import Signal, Signals, Site
+from visiontok.core.reducer import Build, Card, Reducer
+from visiontok.core.signals import Signal, Signals
+from visiontok.core.staged import Staged, check_share
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap, with_prefix
 from visiontok.errors import ParameterError
@@ -41,7 +40,7 @@ class Scorer(nn.Module):
 
 
 @dataclass(frozen=True)
-class DPCKNN(Reducer):
+class DPCKNN(Staged):
     """Density-peak clustering with k nearest neighbours (TCFormer, arXiv:2204.08680).
 
     Centres are the K tokens of highest density times distance to any denser token; the others join the nearest centre,
@@ -75,8 +74,6 @@ class DPCKNN(Reducer):
         ),
         official="adds random noise of 1e-6 to the densities; here equal densities fall back to the token order.",
     )
-    site = Site.PRE
-    spread = "ratio"
     trainable = True
     budget_names = (*Reducer.budget_names, "keep_rate")
 
@@ -85,33 +82,19 @@ class DPCKNN(Reducer):
     equal_weight: bool = False
 
     def __post_init__(self) -> None:
-        rate, k = self.keep_rate, self.k_neighbors
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1):
-            raise ParameterError(f"dpc_knn: keep_rate must be in (0, 1] (share of tokens kept), got {rate!r}.")
+        check_share("dpc_knn", "keep_rate", self.keep_rate)
+        k = self.k_neighbors
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ParameterError(f"dpc_knn: k_neighbors must be an int >= 1, got {k!r}.")
         super().__post_init__()
 
     @property
+    def share(self) -> float | None:
+        return None if self.keep_rate is None else float(self.keep_rate)
+
+    @property
     def needs(self) -> tuple[Signal, ...]:
         return (Signal.HIDDEN,)
-
-    def spec(self) -> tuple[Any, Any]:
-        return self.r, self.keep if self.keep_rate is None else float(self.keep_rate)
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(layer for layer in quarters(depth) if layer > 0)
-
-    def budgets(self, depth: int) -> dict[int, Budget]:
-        if self.keep_rate is None:
-            return super().budgets(depth)
-        return {layer: Budget(ratio=float(self.keep_rate) ** i) for i, layer in enumerate(self.layers(depth), start=1)}
-
-    def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
-        if self.keep_rate is None or budget.ratio is None:
-            return super().removed(n, budget, where, prefix)
-        # Of the tokens that the model starts with: rounding point by point would give other counts.
-        return max(n - max(int((where.start or n) * budget.ratio), 1), 0)
 
     def modules(self, build: Build) -> nn.Module | None:
         return None if self.equal_weight or build.after == build.before else Scorer(build.width)

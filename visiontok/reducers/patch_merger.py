@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontok.core.reducer import Build, Card, Reducer, Where
-from visiontok.core.schedule import Budget, quarters
-from visiontok.core.signals import Signal, Signals, Site
+from visiontok.core.reducer import Build, Card, Reducer
+from visiontok.core.signals import Signal, Signals
+from visiontok.core.staged import Staged, check_share
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
-from visiontok.errors import ParameterError
 from visiontok.ops.constants import wide_dtype
 
 __all__ = ["Merger", "PatchMerger"]
@@ -52,7 +50,7 @@ class Merger(nn.Module):
 
 
 @dataclass(frozen=True)
-class PatchMerger(Reducer):
+class PatchMerger(Staged):
     """PatchMerger (arXiv:2202.12015): softmax over tokens of q LN(x)ᵀ mixes the normed tokens into K new ones.
 
     The queries are random, and destroy the accuracy, until trained or loaded (`Reduction.load_learned`). Their count
@@ -81,8 +79,6 @@ class PatchMerger(Reducer):
         ),
         official="mixes tokens appended by CLCA together with the patches.",
     )
-    site = Site.PRE
-    spread = "ratio"
     trainable = True
     # The trained weights fix the count, so a point acts also where a budget for this resolution would remove nothing.
     always = True
@@ -92,39 +88,21 @@ class PatchMerger(Reducer):
     scaled_attention: bool = False
 
     def __post_init__(self) -> None:
-        rate = self.keep_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1):
-            raise ParameterError(f"patch_merger: keep_rate must be in (0, 1] (share of tokens kept), got {rate!r}.")
+        check_share("patch_merger", "keep_rate", self.keep_rate)
         super().__post_init__()
+
+    @property
+    def share(self) -> float | None:
+        return None if self.keep_rate is None else float(self.keep_rate)
 
     @property
     def needs(self) -> tuple[Signal, ...]:
         return (Signal.HIDDEN,)
 
-    def spec(self) -> tuple[Any, Any]:
-        return self.r, self.keep if self.keep_rate is None else float(self.keep_rate)
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        return tuple(layer for layer in quarters(depth) if layer > 0)
-
-    def budgets(self, depth: int) -> dict[int, Budget]:
-        if self.keep_rate is None:
-            return super().budgets(depth)
-        return {layer: Budget(ratio=float(self.keep_rate) ** i) for i, layer in enumerate(self.layers(depth), start=1)}
-
-    def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
-        if self.keep_rate is None or budget.ratio is None:
-            return super().removed(n, budget, where, prefix)
-        # Of the tokens that the model starts with: rounding point by point would give other counts.
-        return n - max(int((where.start or n) * budget.ratio), 1)
-
     def modules(self, build: Build) -> nn.Module | None:
         if build.after == build.before:
             return None
-        with torch.random.fork_rng(devices=[]):
-            # Follows the user's seed without advancing the user's stream of random numbers.
-            torch.manual_seed(torch.initial_seed() + build.stage)
-            return Merger(build.width, build.after, build.width**-0.5 if self.scaled_attention else 1.0)
+        return Merger(build.width, build.after, build.width**-0.5 if self.scaled_attention else 1.0)
 
     def official(self, stage: int) -> str:
         return f"cluster_layers.{stage}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visiontok.core.reducer import Build, Card, Reducer, Where
-from visiontok.core.schedule import Budget, quarters
-from visiontok.core.signals import Signal, Signals, Site
+from visiontok.core.reducer import Build, Card, Reducer
+from visiontok.core.signals import Signal, Signals
+from visiontok.core.staged import Staged, check_share
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
@@ -58,7 +59,7 @@ class TokenSlimmingModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class SiT(Reducer):
+class SiT(Staged):
     """Self-slimmed ViT (arXiv:2111.12624): after each stage but the last, learned weights mix all tokens into fewer.
 
     Stage i keeps `int(N0 * keeping_ratio**i)` of the N0 tokens that the model starts with, at least 1. The modules are
@@ -89,8 +90,6 @@ class SiT(Reducer):
         official="LV-ViT only (the paper also has DeiT); multiplies by a learned scale where the paper divides by a "
         "temperature; distillation from a CNN crashes, and so does a count that rounds to 0 tokens, here 1.",
     )
-    site = Site.PRE
-    spread = "ratio"
     trainable = True
     budget_names = (*Reducer.budget_names, "keeping_ratio")
 
@@ -99,9 +98,8 @@ class SiT(Reducer):
     slim_ratio: float = 0.5
 
     def __post_init__(self) -> None:
-        kept, blocks = self.keeping_ratio, self.stage_blocks
-        if kept is not None and (isinstance(kept, bool) or not isinstance(kept, (int, float)) or not 0 < kept <= 1):
-            raise ParameterError(f"sit: keeping_ratio must be in (0, 1] (share of tokens kept), got {kept!r}.")
+        blocks = self.stage_blocks
+        check_share("sit", "keeping_ratio", self.keeping_ratio)
         whole = isinstance(blocks, (list, tuple)) and all(type(count) is int and count > 0 for count in blocks)
         if blocks is not None and not (whole and blocks):
             raise ParameterError(f"sit: stage_blocks must list the blocks of each stage (ints >= 1), got {blocks!r}.")
@@ -120,41 +118,23 @@ class SiT(Reducer):
         return self.gflops is None
 
     @property
-    def _ratio(self) -> float | None:
-        """The share per stage, unless another budget was given."""
+    def share(self) -> float | None:
         given = [value for value in (self.r, self.keep, self.gflops, self.tokens) if value is not None]
         return None if given else 0.5 if self.keeping_ratio is None else float(self.keeping_ratio)
 
-    def spec(self) -> tuple[Any, Any]:
-        return self.r, self.keep if self._ratio is None else self._ratio
-
-    def layers(self, depth: int) -> tuple[int, ...]:
+    def layers(self, depth: int) -> Sequence[int]:
         if self.stage_blocks is None:
-            return tuple(layer for layer in quarters(depth) if layer > 0)
+            return super().layers(depth)
         if sum(self.stage_blocks) != depth:
             total = sum(self.stage_blocks)
             raise ParameterError(f"sit: stage_blocks={self.stage_blocks!r} has {total} blocks, the model has {depth}.")
         return tuple(accumulate(self.stage_blocks))[:-1]
 
-    def budgets(self, depth: int) -> dict[int, Budget]:
-        if self._ratio is None:
-            return super().budgets(depth)
-        return {layer: Budget(ratio=self._ratio**i) for i, layer in enumerate(self.layers(depth), start=1)}
-
-    def removed(self, n: int, budget: Budget, where: Where, prefix: int = 0) -> int:
-        if self._ratio is None or budget.ratio is None:
-            return super().removed(n, budget, where, prefix)
-        # Of the tokens that the model starts with: rounding stage by stage would give other counts.
-        return max(n - max(int((where.start or n) * budget.ratio), 1), 0)
-
     def modules(self, build: Build) -> nn.Module | None:
         # A ratio may round to the same count twice in a small model; the released code has a module there too.
-        if build.after == build.before and (self._ratio or 1.0) == 1.0:
+        if build.after == build.before and (self.share or 1.0) == 1.0:
             return None
-        with torch.random.fork_rng(devices=[]):
-            # Follows the user's seed without advancing the user's stream of random numbers.
-            torch.manual_seed(torch.initial_seed() + build.stage)
-            return TokenSlimmingModule(build.width, build.after, self.slim_ratio)
+        return TokenSlimmingModule(build.width, build.after, self.slim_ratio)
 
     def official(self, stage: int) -> str:
         return f"tsm.{stage}."

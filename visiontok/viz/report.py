@@ -151,7 +151,7 @@ def _token_maps(pictures: Sequence[tuple[str, Image.Image]]) -> str:
         return ""
     note = (
         "Patches of one color share a token; an outlined region holds one token's patches in its mean color, parts "
-        "of one group have borders of one color, and hatched gray is dropped."
+        "of one group have borders of one color, and hatched gray is dropped (or, in a span, waits)."
     )
     return f'<p class="soft">{note}</p><div class="maps">{"".join(figures)}</div>'
 

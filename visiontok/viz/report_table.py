@@ -92,6 +92,8 @@ def headline(rows: Iterable[Row]) -> str:
         Plain text; says so where nothing qualifies.
     """
     reduced = [row for row in rows if row["status"] == "ok" and row["role"] == "reduced"]
+    if not any(row.get("speedup") is not None for row in reduced):
+        return "Speed was not measured; compare accuracy and compute below."
     timed = [row for row in reduced if row.get("speedup_clear") and (row.get("speedup") or 0) > 1]
     if not timed:
         return "No reduced model was measurably faster than the unreduced one on this machine."
