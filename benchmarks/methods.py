@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import visiontok as vt
 from visiontok import reducers
 from visiontok.core.flops import count_macs
+from visiontok.errors import ParameterError
 from visiontok.models.tiny import digits_split, tiny_vit
 
 SIZE = (3, 32, 32)
@@ -105,7 +106,7 @@ def fitted(model: nn.Module, name: str, target: float) -> dict[str, Any]:
                     points = [point for point in red.plan.points if not point.undo]
                     # Solved once: the same counts serve all seeds.
                     return {"r": {point.layer: point.budget.r for point in points}, **start}
-            except vt.ParameterError:
+            except ParameterError:
                 if start == starts[-1]:
                     raise
     if "keep" not in cls.budget_names:

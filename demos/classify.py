@@ -217,6 +217,7 @@ def summarize(details: dict[str, Any]) -> str:
     tokens, latency = details["tokens"], details["latency_ms"]
     low, high = details["speedup_interval"]
     compute = 100 * (1 - details["gmacs_after"] / details["gmacs_before"])
+    saved = f"{abs(compute):.0f} % {'less' if compute >= 0 else 'more'}"
     if details["speedup"] is None:
         speed = "not distinguishable"
     else:
@@ -235,7 +236,7 @@ def summarize(details: dict[str, Any]) -> str:
     return (
         "| | before | after | |\n|---|---|---|---|\n"
         f"| tokens after the last layer | {details['tokens_in']} | {tokens[-1]} | {agree} |\n"
-        f"| GMACs per picture | {details['gmacs_before']:.3g} | {details['gmacs_after']:.3g} | {abs(compute):.0f} % {'less' if compute >= 0 else 'more'} |\n"
+        f"| GMACs per picture | {details['gmacs_before']:.3g} | {details['gmacs_after']:.3g} | {saved} |\n"
         f"| ms per batch | {latency['before']['p50']:.3g} | {latency['after']['p50']:.3g} | {speed} |\n\n"
         + "\n\n".join(note for note in notes if note)
     )

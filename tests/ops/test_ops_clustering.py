@@ -163,6 +163,14 @@ def test_ties_go_to_the_lowest_index_or_all_count() -> None:
     assert (official[0, 0] > 0).tolist() == [True, True, True, True]
 
 
+def test_officially_weights_that_round_to_the_same_number_are_ties() -> None:
+    f, s = torch.zeros(1, 1, 2), torch.tensor([[[10.000001, 0], [10.0, 0], [20, 0]]])
+    sane = clustering.reconstruct_weights(f, s, 1, 0.0001)
+    official = clustering.reconstruct_weights(f, s, 1, 0.0001, official=True)
+    assert (sane[0, 0] > 0).tolist() == [False, True, False]
+    assert (official[0, 0] > 0).tolist() == [True, True, False]
+
+
 def test_official_weights_are_the_released_formula() -> None:
     f, s = draw(1, 9, 5, seed=1), draw(1, 6, 5, seed=2)
     for t in (0.1, 3.0, 20.0):

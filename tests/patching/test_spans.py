@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import visiontok as vt
-from visiontok.errors import ParameterError
+from visiontok.errors import IncompatibleError, ParameterError
 
 
 def tiny(**options: Any) -> Any:
@@ -105,3 +105,31 @@ def test_evo_vit_updates_every_token_it_left_out_later() -> None:
     assert features.shape == (2, 65, 24)
     assert red.tokens == red.plan.tokens
     assert min(step.tokens for step in red.trace) < 65
+
+
+def test_spans_nest_but_do_not_cross() -> None:
+    nested = [span(end=4, clusters=25), ("expedite", {"start": 2, "end": 3, "clusters": 9})]
+    model = tiny(depth=6)
+    red = vt.patch(model, nested)
+    model(IMAGE)
+    assert red.tokens == red.plan.tokens == [26, 10, 26, 65, 65, 65]
+    for end in (5, None):
+        with pytest.raises(IncompatibleError, match="across the end of expedite's span at layer 4"):
+            vt.patch(tiny(depth=6), [span(end=4), ("expedite", {"start": 2, "end": end, "clusters": 9})])
+
+
+def test_two_reducers_share_a_site_at_different_layers() -> None:
+    model = tiny()
+    red = vt.patch(model, [("tome", {"r": {1: 2}}), ("pitome", {"r": {2: 2}})])
+    model(IMAGE)
+    assert red.tokens == red.plan.tokens == [65, 63, 61, 61]
+    with pytest.raises(IncompatibleError, match=r"pitome and tome both act at \(MID, layer 1\)"):
+        vt.patch(tiny(), [("tome", {"r": {1: 2}}), ("pitome", {"r": {1: 2}})])
+
+
+def test_clca_returns_its_cache_only_where_the_inner_reducer_acts() -> None:
+    model = tiny(depth=6)
+    red = vt.patch(model, "clca", inner=("tome", {"r": {2: 10}}), num_clr=0, clc_recover_at_last=False)
+    model(IMAGE)
+    # One token is cached after blocks 0 and 1, and both return after block 2.
+    assert red.tokens == red.plan.tokens == [65, 65, 57, 57, 57, 57]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -199,7 +200,9 @@ def bind(
         for layer, budget in solve(part, depth, length - prefix, measure).items():
             _check_place(part, layer, depth)
             point = Point(part.site, layer, "", part, budget, 0, 0, order=order)
-            other = owners.setdefault((point.block, _PLACES.index(point.place)), owner)
+            acts = part.always or not budget.idle
+            place = (point.block, _PLACES.index(point.place))
+            other = owners.setdefault(place, owner) if acts else owner
             if other is not owner:
                 raise IncompatibleError(
                     f"{owner.name} and {other.name} both act at ({part.site}, layer {layer}); give one of them other "
@@ -233,10 +236,11 @@ def _counted(
 ) -> list[Point]:
     """The points with their token counts, and the ends of spans between them."""
     points: list[Point] = []
-    spans: list[tuple[int, Point]] = []
+    spans: list[_Span] = []
     now, start = length, length - prefix
     for point in wanted:
-        now = _close_spans(spans, points, now, point)
+        closed = _close_spans(spans, points, now, point)
+        now, grid = (now, grid) if closed is None else (closed.start.before, closed.grid)
         reducer, where = point.reducer, Where(point.layer, depth, start=start, grid=grid)
         after = now - reducer.removed(now - prefix, point.budget, where, prefix)
         items = now - prefix
@@ -245,25 +249,43 @@ def _counted(
             grid = reducer.regrid(items, point.budget, where)
         note = "" if after != now or reducer.always else "nothing to remove"
         points.append(replace(point, before=now, after=after, skipped=note))
-        until = reducer.until(point.layer, depth) if reducer.site is Site.AROUND and after != now else None
-        if until is not None:
-            if not point.layer < until <= depth:
-                raise ParameterError(f"{reducer.name}: a span from layer {point.layer} cannot end at layer {until}.")
-            spans.append((until, points[-1]))
+        if reducer.site is Site.AROUND and after != now:
+            spans.append(_span(points[-1], where.grid, depth, spans))
         now = after
     _close_spans(spans, points, now, None)
     return points
 
 
-def _close_spans(spans: list[tuple[int, Point]], points: list[Point], now: int, upcoming: Point | None) -> int:
-    while spans:
-        until, start = spans[-1]
-        # A span ends in block until - 1, before what else that block does for the next one.
-        here = None if upcoming is None else (upcoming.block, _PLACES.index(upcoming.place))
-        if here is not None and here < (until - 1, 2):
-            break
-        spans.pop()
-        end = replace(start, layer=until, before=now, after=start.before, skipped="span ends", undo=True)
-        points.append(end)
-        now = start.before
-    return now
+class _Span(NamedTuple):
+    """A reduction that is undone at a layer (infinity: by the consumer), and the grid that it found."""
+
+    until: float
+    start: Point
+    grid: tuple[int, int] | None
+
+
+def _span(start: Point, grid: tuple[int, int] | None, depth: int, spans: Sequence[_Span]) -> _Span:
+    name, until = start.reducer.name, start.reducer.until(start.layer, depth)
+    if until is not None and not start.layer < until <= depth:
+        raise ParameterError(f"{name}: a span from layer {start.layer} cannot end at layer {until}.")
+    end = math.inf if until is None else until
+    if spans and end > spans[-1].until:
+        outer, where = spans[-1], "the end of the model" if until is None else f"layer {until}"
+        crossed = f"{outer.start.reducer.name}'s span at layer {outer.until}"
+        raise IncompatibleError(
+            f"{name} spans layer {start.layer} to {where}, across the end of {crossed}; end it there or earlier."
+        )
+    return _Span(end, start, grid)
+
+
+def _close_spans(spans: list[_Span], points: list[Point], now: int, upcoming: Point | None) -> _Span | None:
+    """Adds the ends of spans that come before a point, and returns the outermost of them."""
+    closed: _Span | None = None
+    # A span ends in block until - 1, before what else that block does for the next one.
+    here = (math.inf, 0) if upcoming is None else (upcoming.block, _PLACES.index(upcoming.place))
+    while spans and here >= (spans[-1].until - 1, _PLACES.index("NEXT")):
+        closed = spans.pop()
+        before, layer = closed.start.before, int(closed.until)
+        points.append(replace(closed.start, layer=layer, before=now, after=before, skipped="span ends", undo=True))
+        now = before
+    return closed

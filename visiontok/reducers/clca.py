@@ -126,6 +126,12 @@ class CLCA(Reducer):
             raise ParameterError(f"clca: inner must be a Reducer (or its name with `patch`), got {self.inner!r}.")
         if isinstance(self.inner, CLCA):
             raise ParameterError("clca: inner cannot be clca itself.")
+        blocks = self.reduction_loc
+        listed = isinstance(blocks, (list, tuple)) and all(
+            type(block) is int and 0 <= block < 65_536 for block in blocks
+        )
+        if blocks is not None and not listed:
+            raise ParameterError(f"clca: reduction_loc must be a list of blocks (ints >= 0), got {blocks!r}.")
         for name in ("num_clr", "ifa_dws_conv_groups"):
             if getattr(self, name) < 0:
                 raise ParameterError(f"clca: {name} must be at least 0, got {getattr(self, name)!r}.")
@@ -163,7 +169,13 @@ class CLCA(Reducer):
 
     def reductions(self, depth: int) -> list[int]:
         """Blocks whose class token the head reads, but for the last."""
-        return sorted(set(self.wrapped.layers(depth) if self.reduction_loc is None else self.reduction_loc))
+        if self.reduction_loc is not None:
+            return sorted(set(self.reduction_loc))
+        inner = self.wrapped
+        acting = inner.layers(depth)
+        if inner.gflops is None and inner.tokens is None:
+            acting = [layer for layer, budget in inner.budgets(depth).items() if inner.always or not budget.idle]
+        return sorted(set(acting))
 
     def recoveries(self, depth: int) -> list[int]:
         """Blocks after which the cache returns."""

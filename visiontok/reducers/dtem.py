@@ -21,7 +21,9 @@ __all__ = ["DTEM"]
 
 @dataclass(frozen=True)
 class DTEM(ToMe):
-    """Decoupled Token Embedding for Merging (NeurIPS 2024): a small head per block says which tokens are alike.
+    """Decoupled Token Embedding for Merging: a small head per block says which tokens are alike.
+
+    NeurIPS 2024, https://openreview.net/forum?id=pVPyCgXv57.
 
     It is ToMe with the head's output as metric. Where gradients are recorded the values are the same, and gradients
     reach the head as if r pairs were drawn one after another by softmax (each token's `k2` best partners, temperatures

@@ -106,7 +106,7 @@ class _ClassRank(Reducer):
 
 @dataclass(frozen=True)
 class TopK(_ClassRank):
-    """Keeps the tokens with the largest class attention and drops the rest: EViT without the fused token.
+    """Top-K by class attention (arXiv:2308.04657): EViT without the fused token.
 
     Args:
         keep_rate: Share kept (rounded up) at blocks 3, 6, 9 of 12, or a list per block, or `{block: share}`.

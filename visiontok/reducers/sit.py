@@ -103,8 +103,14 @@ class SiT(Staged):
         whole = isinstance(blocks, (list, tuple)) and all(type(count) is int and count > 0 for count in blocks)
         if blocks is not None and not (whole and blocks):
             raise ParameterError(f"sit: stage_blocks must list the blocks of each stage (ints >= 1), got {blocks!r}.")
-        if isinstance(self.slim_ratio, bool) or not isinstance(self.slim_ratio, (int, float)) or self.slim_ratio <= 0:
-            raise ParameterError(f"sit: slim_ratio must be above 0 (hidden width over C), got {self.slim_ratio!r}.")
+        if (
+            isinstance(self.slim_ratio, bool)
+            or not isinstance(self.slim_ratio, (int, float))
+            or not 0 < self.slim_ratio < 64
+        ):
+            raise ParameterError(
+                f"sit: slim_ratio must be above 0 and below 64 (hidden width over C), got {self.slim_ratio!r}."
+            )
         super().__post_init__()
 
     @property
