@@ -228,5 +228,7 @@ def resolve_target(model: Any) -> tuple[nn.Module, Backbone]:
 def _warn_if_idle(reduction: Reduction) -> None:
     asked = any(reducer.fields() or part.always for reducer in reduction.reducers for part in reducer.parts())
     if not asked and not reduction.plan.removes and reduction.reducers[0].name != "identity":
-        name = reduction.reducers[0].name
-        warnings.warn(f"{name} was patched without a budget and removes nothing; pass r= or keep=.", stacklevel=3)
+        first = reduction.reducers[0]
+        known = ", ".join(f"{name}=" for name in first.budget_names) or "see visiontok.describe"
+        text = f"{first.name} was patched without a budget and removes nothing; give one ({known})."
+        warnings.warn(text, stacklevel=3)

@@ -276,5 +276,5 @@ def test_a_model_that_uses_one_block_twice_is_refused(vit: nn.Module, snapshot: 
 
 
 def test_patch_without_a_budget_warns(vit: nn.Module) -> None:
-    with pytest.warns(UserWarning, match=r"tome was patched without a budget and removes nothing; pass r= or keep="):
+    with pytest.warns(UserWarning, match=r"without a budget and removes nothing; give one \(r=, keep="):
         vt.patch(vit, "tome")

@@ -100,10 +100,9 @@ def test_official_counts() -> None:
     reducer = Expedite(clusters=9)
     assert reducer.budgets(12) == {6: Budget(count=9)}
     assert reducer.removed(49, Budget(count=9), Where(6, 12)) == 40
-    # More clusters than tokens along an axis: as many as there are.
-    assert Expedite(clusters=(9, 2)).removed(16, Budget(count=18), Where(6, 12)) == 8
-    assert Expedite(clusters=25).removed(16, Budget(count=25), Where(6, 12)) == 0
-    assert Expedite(clusters=(9, 1)).removed(16, Budget(count=9), Where(6, 12)) == 12
+    for clusters in ((9, 2), 25, (9, 1)):
+        with pytest.raises(ParameterError, match="do not fit a map of 4 x 4"):
+            Expedite(clusters=clusters).removed(16, Budget(count=1), Where(6, 12, grid=(4, 4)))
 
 
 def test_places() -> None:

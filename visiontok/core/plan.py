@@ -228,7 +228,8 @@ def _check_place(reducer: Reducer, layer: int, depth: int) -> None:
         needs = ", ".join(str(signal) for signal in reducer.needs)
         raise IncompatibleError(f"{reducer.name} at layer 0: no block has run, so there is no {needs} yet.")
     if not 0 <= layer <= depth or (layer == depth and (reducer.site is Site.MID or reducer.look == "ahead")):
-        raise ParameterError(f"{reducer.name}: layer {layer} does not exist; this model allows {allowed}.")
+        known = f"{allowed[0]} … {allowed[-1]}" if allowed else "none"
+        raise ParameterError(f"{reducer.name}: layer {layer} does not exist; this model has {known} for it.")
 
 
 def _counted(

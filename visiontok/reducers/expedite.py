@@ -143,7 +143,10 @@ class Expedite(Reducer):
 
     def _target(self, grid: tuple[int, int], left: int) -> tuple[int, int]:
         if self.clusters is not None:
-            h, w = (min(pair) for pair in zip(_cells(self.clusters), grid))
+            h, w = _cells(self.clusters)
+            if h > grid[0] or w > grid[1]:
+                size = f"{grid[0]} x {grid[1]}"
+                raise ParameterError(f"expedite: clusters={self.clusters!r} do not fit a map of {size}; give fewer.")
             if h * w <= left:
                 return h, w
         return clustering.fit_cells(grid, left)
