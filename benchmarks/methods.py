@@ -201,6 +201,23 @@ def plot(results: Mapping[tuple[str, int], Result | str], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+_READING = """
+## How to read it
+
+![KL against GMACs](images/methods_pareto.png)
+
+- The methods that keep what the class token attends to (`evit`, `topk`, `ats`, `ats_v2`, `evo_vit`, and `dynamic_vit`
+  untrained) are worse than random dropping here. All but `evo_vit` and `dynamic_vit` equal their authors' code on the
+  golden cases, so this is the methods on this model, not the port: the papers report the opposite on ImageNet, where
+  objects have a background. EViT and Evo-ViT are published with training, which this table leaves out.
+- The papers put Zero-TPrune before ToMe at these ratios, and Expedite above clustering-free methods for dense tasks;
+  neither shows on 8 x 8 digits, and no dense task is measured here.
+- Merging methods that compare keys (`tome`, `atm`, `atc`, `dtem`, `mctf`, `tofu`) cannot be told apart here.
+- `sit`, `clca`, `dynamic_vit`, `patch_merger`, `dpc_knn` and `dtem` have learned parts, which are untrained here; see
+  training.md for `sit` after distillation.
+""".splitlines()
+
+
 def main() -> None:
     """Measures, prints, and writes the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -234,7 +251,7 @@ def main() -> None:
         f"{len(x)} held-out digits, {args.seeds} seeds, unreduced model {accuracy:.2f} % at {base:.4f} GMACs.", "",
         *str(__doc__).split("\n\n")[2].splitlines(), "",
     ]  # fmt: skip
-    text = "\n".join([*head, *lines(results, base, args.share)]).rstrip() + "\n"
+    text = "\n".join([*head, *lines(results, base, args.share), *_READING]).rstrip() + "\n"
     print(text)
     if args.out:
         args.out.write_text(text)

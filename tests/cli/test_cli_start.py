@@ -102,8 +102,8 @@ def test_exit_codes(arguments: list[str], code: int, capsys: pytest.CaptureFixtu
         ),
         (
             ["bench", "--checkpoint", "gone.pth"],
-            "visiontok bench: error: checkpoint must be an existing file or a hub repository 'owner/name', "
-            "got gone.pth.\n",
+            "visiontok bench: error: checkpoint 'gone.pth' does not exist; give a file, or a hub repository "
+            "'owner/name'.\n",
         ),
     ],
 )

@@ -246,10 +246,10 @@ def test_only_tensors_and_plain_data_are_read(tmp_path):
         with pytest.raises(FormatError, match=said):
             read_checkpoint(file)
     torch.save({"model": _Evil()}, tmp_path / "evil2.pth")
-    with pytest.raises(FormatError, match="evil2.pth holds more than tensors and plain data"):
+    with pytest.raises(FormatError, match="evil2.pth.*holds more than tensors and plain data"):
         read_checkpoint(tmp_path / "evil2.pth")
     for source in (tmp_path / "none.pth", "owner/none.pth", "a/b/c"):
-        with pytest.raises(ParameterError, match="existing file or a hub repository"):
+        with pytest.raises(ParameterError, match="does not exist; give a file, or a hub repository"):
             read_checkpoint(source)
     with pytest.raises(ParameterError, match="holds no model.safetensors"):
         read_checkpoint(tmp_path)

@@ -81,7 +81,16 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float 
 # One of each kind for the default run: merging, random selection, summing, padding, column votes, looking ahead, spans,
 # learned and soft maps, composites. The others run under `full`.
 _KINDS = ("tome", "random", "evit", "ats", "zero_tprune", "mctf", "expedite", "sit", "clca")
+# Where one test takes many seconds (compilers, exporters): merging, and padding and a composite, which hold most kinds.
+_FEW = ("tome", "ats", "clca")
 
-every_reducer = pytest.mark.parametrize(
-    "name", [name if name in _KINDS else pytest.param(name, marks=pytest.mark.full) for name in fitting()]
-)
+
+def _among(names: tuple[str, ...]) -> pytest.MarkDecorator:
+    full = pytest.mark.full
+    return pytest.mark.parametrize(
+        "name", [name if name in names else pytest.param(name, marks=full) for name in fitting()]
+    )
+
+
+every_reducer = _among(_KINDS)
+every_reducer_slowly = _among(_FEW)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import every_reducer, fitting, images, patched_tiny
+from reliability_support import every_reducer_slowly, fitting, images, patched_tiny
 
 DYNAMIC = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
 
@@ -21,7 +21,7 @@ def _export(model: Any, strict: bool) -> torch.export.ExportedProgram:
 
 # Strict export traces by the same Dynamo that test_r5 runs for every reducer.
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
-@every_reducer
+@every_reducer_slowly
 def test_export_with_a_dynamic_batch(name: str, strict: bool) -> None:
     model, _ = patched_tiny(name, depth=4)
     program = _export(model, strict)
@@ -58,7 +58,7 @@ def test_onnx_gives_the_same_logits(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(torch.from_numpy(ours), model(images(batch)), rtol=0, atol=5e-5)
 
 
-@every_reducer
+@every_reducer_slowly
 def test_jit_trace(name: str, tmp_path: Path) -> None:
     model, _ = patched_tiny(name, depth=2)
     with torch.no_grad(), warnings.catch_warnings():

@@ -89,7 +89,7 @@ def _find(source: str | Path, filename: str | None, revision: str | None) -> Pat
     if path.is_file():
         return path
     if path.is_absolute() or len(path.parts) != 2 or path.suffix in (".pth", ".pt", ".safetensors"):
-        raise ParameterError(f"checkpoint must be an existing file or a hub repository 'owner/name', got {source!s}.")
+        raise ParameterError(f"checkpoint '{source!s}' does not exist; give a file, or a hub repository 'owner/name'.")
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(source), filename or "model.safetensors", revision=revision))
@@ -111,4 +111,9 @@ def _read(path: Path) -> Any:
         # torch raises pickle's own error, which must not be imported here, for anything but plain data.
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise FormatError(f"{path.name} holds more than tensors and plain data and was not loaded: {error}") from None
+        # Not torch's whole message: it goes on to recommend loading without the check.
+        why = next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0]
+        raise FormatError(
+            f"checkpoint '{path.name}' cannot be read as tensors only: {why}. It holds more than tensors and plain "
+            "data; convert a checkpoint that you trust to safetensors."
+        ) from None
