@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import every_reducer, images, patch_or_skip, tiny
+from reliability_support import every_reducer, every_reducer_slowly, images, patch_or_skip, tiny
 from torch import Tensor
 
 import visiontok as vt
@@ -93,7 +93,7 @@ def test_every_parameter_gets_the_gradient_it_would_get(name: str, pool: str) ->
     assert {key for key in reached if grads[key].abs().sum() == 0} == set()
 
 
-@every_reducer
+@every_reducer_slowly
 @pytest.mark.parametrize("compat", [None, "checkpointing", "autocast"])
 def test_training_reduces_the_loss(name: str, compat: str | None) -> None:
     model = tiny(depth=2).train()

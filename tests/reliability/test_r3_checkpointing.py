@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import assert_same, every_reducer, gradients, images, patched_tiny
+from reliability_support import assert_same, every_reducer_slowly, gradients, images, patched_tiny
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -44,7 +44,7 @@ def _count_recomputed(model: Any) -> list[int]:
     return counts
 
 
-@every_reducer
+@every_reducer_slowly
 @pytest.mark.parametrize("how", ["timm", "each", "pairs"])
 def test_gradients_are_those_without_checkpointing(name: str, how: str) -> None:
     plain, _ = patched_tiny(name)

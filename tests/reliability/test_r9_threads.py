@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import every_reducer, images, patched_tiny, tiny
+from reliability_support import every_reducer_slowly, images, patched_tiny, tiny
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,7 +18,7 @@ from visiontok.errors import StateLostError
 THREADS, EACH = 4, 40
 
 
-@every_reducer
+@every_reducer_slowly
 def test_concurrent_forwards_with_distinct_inputs(name: str) -> None:
     model, _ = patched_tiny(name)
     # Batches differ too, so that a state of another thread cannot fit by chance.
