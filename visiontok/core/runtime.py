@@ -290,18 +290,19 @@ class Stage:
 
     def _reduce(self, key: str, x: Tensor, state: TokenState, offered: Offers) -> Decision:
         for step in self.steps.get(key, ()):
-            if self._acts(step, state):
-                x, after = self._step(step, x, state, offered)
+            amount = self._amount(step, state)
+            if amount != 0 or step.reducer.always:
+                x, after = self._step(step, amount, x, state, offered)
                 # Signals of a block name the tokens that it saw.
                 offered = offered if len(after.trail) == len(state.trail) else {}
                 state = after
         return Decision(x, state)
 
-    def _step(self, step: Step, x: Tensor, state: TokenState, offered: Offers) -> Decision:
+    def _step(self, step: Step, amount: int, x: Tensor, state: TokenState, offered: Offers) -> Decision:
         reducer = step.reducer
         signals = Signals({"HIDDEN": lambda: x, "GRID": lambda: _grid(state), "MODULE": lambda: step.module, **offered})
         with _exact(x.device.type):
-            tm = reducer.decide(signals, state, self._amount(step, state))
+            tm = reducer.decide(signals, state, amount)
             if tm is None:
                 return Decision(x, state)
             if self.grid_only and tm.form != "identity" and tm.grid is None:

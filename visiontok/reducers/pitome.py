@@ -12,6 +12,7 @@ from torch import Tensor
 from visiontok.core.reducer import Card, Reducer, Where
 from visiontok.core.schedule import Budget
 from visiontok.core.signals import Signal, Signals, Site
+from visiontok.core.staged import check_share
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError, UnknownNameError, did_you_mean
@@ -108,9 +109,7 @@ class PiToMe(Reducer):
         for name, value, known in (("kind", self.kind, _KINDS), ("metric", self.metric, ("key", "hidden"))):
             if value is not None and value not in known:
                 raise ParameterError(f"pitome: {name} must be one of {', '.join(known)}, got {value!r}.")
-        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if self.ratio is not None and not (number and 0 < self.ratio <= 1):
-            raise ParameterError(f"pitome: ratio must be in (0, 1] (share of tokens kept), got {self.ratio!r}.")
+        check_share("pitome", "ratio", self.ratio)
         margins = self.margin if isinstance(self.margin, (list, tuple)) else [self.margin or 0.0]
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in margins):
             raise ParameterError(f"pitome: margin must be a number or a list with one per layer, got {self.margin!r}.")
