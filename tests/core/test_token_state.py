@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import visiontok as vt
+from visiontok.core.positions import Positions
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
@@ -185,12 +186,14 @@ def test_grid_survives_only_where_the_map_says_so() -> None:
 
 
 def test_positions_are_those_of_the_anchors() -> None:
-    positions = torch.arange(12).view(2, 6, 1) * torch.tensor([1, 100])
+    gathered = Positions.initial("gather", 2, 6, 0, None, torch.device("cpu"))
     anchored = TokenMap(MERGE.assign, 3, anchor=torch.tensor([[0, 2, 4], [1, 3, 5]]))
-    _, state = vt.apply(anchored, hidden(), start(positions=positions))
-    assert state.positions.tolist() == [[[0, 0], [2, 200], [4, 400]], [[7, 700], [9, 900], [11, 1100]]]
-    _, state = vt.apply(MERGE, hidden(), start(positions=positions[..., 0]))
-    assert state.positions.tolist() == [[0, 1, 3], [6, 8, 10]]
+    _, state = vt.apply(anchored, hidden(), start(positions=gathered))
+    assert state.positions is not None
+    assert state.positions.index.tolist() == [[0, 2, 4], [1, 3, 5]]
+    _, state = vt.apply(MERGE, hidden(), start(positions=gathered))
+    assert state.positions is not None
+    assert state.positions.index.tolist() == [[0, 1, 3], [0, 2, 4]]
 
 
 # ---- attention
@@ -258,10 +261,13 @@ def test_restored_gradient_reaches_the_slots() -> None:
 
 def test_to_moves_every_tensor() -> None:
     extra = {"carry": {"a": torch.ones(2, 6)}, "memo": {"b": torch.ones(1), "c": "text"}, "stash": torch.ones(2, 1, 2)}
-    _, state = vt.apply(MERGE, hidden(), start(positions=torch.ones(2, 6, 1), **extra))
+    _, state = vt.apply(
+        MERGE, hidden(), start(positions=Positions.initial("mean", 2, 6, 0, (2, 3), hidden().device), **extra)
+    )
     moved = state.to(torch.device("meta"))
     assigned = [step.assign for step in moved.trail]
-    tensors = [moved.size, moved.positions, moved.stash, moved.carry["a"], moved.memo["b"], *assigned]
+    where: Any = moved.positions
+    tensors = [moved.size, where.index, where.coords, moved.stash, moved.carry["a"], moved.memo["b"], *assigned]
     assert all(tensor.is_meta for tensor in tensors)
     assert moved.memo["c"] == "text"
     assert moved.device == torch.device("meta")

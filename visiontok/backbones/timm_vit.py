@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
+from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
 from visiontok.core.runtime import Stage, attach_state, carry_state, hint_grid, state_of
-from visiontok.core.signals import ATTENTION, Offers, Signal, Site, attention_offers
+from visiontok.core.signals import ATTENTION, Offers, Signal, Site
 from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
 from visiontok.ops.attention import Votes
-from visiontok.ops.constants import wide_dtype
 
 __all__ = ["TimmViT"]
 
@@ -32,19 +32,11 @@ _ATTENTION_FORWARDS = (
 _HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | ATTENTION
 
 
-class _Tap:
-    """Takes q, k, v out of an attention module: a plain object, so that hooks may replace inputs and output freely."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
 class PatchedAttention:
     """Attention that, when given a tap, leaves its q, k, v there."""
 
     def forward(
-        self: Any, x: Tensor, attn_mask: Tensor | None = None, *args: Any, tap: _Tap | None = None, **kwargs: Any
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, *args: Any, tap: Tap | None = None, **kwargs: Any
     ) -> Tensor:
         if tap is None:
             return super().forward(x, attn_mask, *args, **kwargs)  # type: ignore[misc]
@@ -69,32 +61,19 @@ class PatchedAttention:
 
 
 def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, Offers]:
-    bias = state.key_bias(_bias_dtype(attn, x))
+    bias = state.key_bias(bias_dtype(x, attn.fused_attn))
     if not issubclass(type(attn), PatchedAttention):
         return attn(x, attn_mask=bias), {}
-    tap = _Tap()
+    tap = Tap()
     y = attn(x, attn_mask=bias, tap=tap)
-    return y, attention_offers(lambda: (tap.q, tap.k, tap.v), attn.scale, bias, state.prefix)
+    return y, tap.offers(attn.scale, bias, state.prefix)
 
 
 def _ahead(attn: Any, normed: Callable[[], Tensor], state: TokenState) -> Offers:
-    """The signals of an attention that has not run, at the price of its projection."""
     if not issubclass(type(attn), PatchedAttention):
         return {}
-    made: list[Any] = []
-
-    def read() -> tuple[Tensor, Tensor, Tensor]:
-        if not made:
-            made.append(attn._visiontok_qkv(normed()))
-        return made[0]
-
-    return attention_offers(read, attn.scale, state.key_bias(torch.float32), state.prefix)
-
-
-def _bias_dtype(attn: Any, x: Tensor) -> torch.dtype:
-    # Only the CPU's fused kernel takes an fp32 bias with half-precision queries.
-    exact = x.device.type == "cpu" and attn.fused_attn and not torch.is_autocast_enabled("cpu")
-    return wide_dtype(x.dtype) if exact else x.dtype
+    project = lambda: attn._visiontok_qkv(normed())  # noqa: E731
+    return offers_ahead(project, attn.scale, state.key_bias(torch.float32), state.prefix)
 
 
 class PatchedBlock:
@@ -103,60 +82,53 @@ class PatchedBlock:
     _visiontok: Stage
 
     def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        stage: Stage = self._visiontok
-        state = stage.enter(x)
-        if stage.opens:
-            x, state = stage.before(x, state, self._visiontok_ahead(x, state))
-        idle = stage.idle(state)
-        masked = attn_mask is not None or bool(kwargs.get("is_causal"))
-        if idle and not (masked and state.trail):
-            y = super().forward(x, attn_mask, **kwargs)  # type: ignore[misc]
-            return stage.leave(y, state, {})
-        if masked:
-            given = "attn_mask" if attn_mask is not None else "is_causal"
-            raise IncompatibleError(
-                f"block {stage.layer}: {given} was given but tokens are merged or dropped here, so its rows and "
-                "columns no longer name the same tokens; call without it, or patch with no reduction up to this block."
-            )
-        y, state, offered = self._visiontok_run(x, state, stage)
-        return stage.leave(y, state, offered)
+        host = super().forward  # type: ignore[misc]
+        given = "attn_mask" if attn_mask is not None else "is_causal" if kwargs.get("is_causal") else None
+        return run_block(
+            self._visiontok,
+            x,
+            lambda x, _: host(x, attn_mask, **kwargs),
+            self._visiontok_ahead,
+            self._visiontok_run,
+            given,
+        )
 
 
 class _PreNormBlock(PatchedBlock):
     def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
         return _ahead(self.attn, lambda: self.norm1(x), state)
 
-    def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
+    def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         y, offered = _attend(self.attn, self.norm1(x), state)
         x = x + self.drop_path1(self.ls1(y))
-        x, after = stage.mid(x, state, offered)
+        x, after = self._visiontok.mid(x, state, offered)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, after, offered if after is state else {}
+        return x, after, offered
 
 
 class _ResPostBlock(PatchedBlock):
     def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
         return _ahead(self.attn, lambda: x, state)
 
-    def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
+    def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         y, offered = _attend(self.attn, x, state)
         x = x + self.drop_path1(self.norm1(y))
-        x, after = stage.mid(x, state, offered)
+        x, after = self._visiontok.mid(x, state, offered)
         x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return x, after, offered if after is state else {}
+        return x, after, offered
 
 
 class _ParallelThingsBlock(PatchedBlock):
     def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
         return _joined([_ahead(branch.attn, lambda b=branch: b.norm(x), state) for branch in self.attns])
 
-    def _visiontok_run(self: Any, x: Tensor, state: TokenState, stage: Stage) -> Any:
+    def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         ran = [(branch, *_attend(branch.attn, branch.norm(x), state)) for branch in self.attns]
         x = x + torch.stack([branch.drop_path(branch.ls(y)) for branch, y, _ in ran]).sum(dim=0)
         offered = _joined([signals for _, _, signals in ran])
-        x, after = stage.mid(x, state, offered)
+        x, after = self._visiontok.mid(x, state, offered)
         x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
-        return x, after, offered if after is state else {}
+        return x, after, offered
 
 
 def _joined(branches: list[Offers]) -> Offers:
@@ -224,7 +196,7 @@ class PatchedViT(PatchedFeatures):
         if not Backbone.accepts(self.attn_pool.forward, "attn_mask"):
             # A token counts as often as it has members, so the restored sequence gives the exact pool.
             return super().pool(state.restore(x, "nearest"), pool_type)  # type: ignore[misc]
-        bias = state.changed(proportional=True).key_bias(_bias_dtype(self.attn_pool, x))
+        bias = state.changed(proportional=True).key_bias(bias_dtype(x, self.attn_pool.fused_attn))
         return self.attn_pool(x[:, skip:], attn_mask=None if bias is None else bias[..., skip:])
 
     def forward_intermediates(

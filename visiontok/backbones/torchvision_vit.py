@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
+from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
 from visiontok.core.runtime import Stage, carry_state, state_of
-from visiontok.core.signals import ATTENTION, Offers, Signal, Site, attention_offers
+from visiontok.core.signals import ATTENTION, Offers, Signal, Site
 from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
-from visiontok.ops.constants import wide_dtype
 
 __all__ = ["TorchvisionViT", "swag_keys"]
 
@@ -50,18 +50,10 @@ def swag_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-class _Tap:
-    """Takes q, k, v out of an attention module: a plain object, so that hooks may replace inputs and output freely."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
 class PatchedAttention:
     """Self-attention that, when given a tap, leaves its q, k, v there and adds a bias over keys."""
 
-    def forward(self: Any, query: Tensor, *args: Any, tap: _Tap | None = None, bias: Any = None, **kwargs: Any) -> Any:
+    def forward(self: Any, query: Tensor, *args: Any, tap: Tap | None = None, bias: Any = None, **kwargs: Any) -> Any:
         if tap is None:
             return super().forward(query, *args, **kwargs)  # type: ignore[misc]
         q, k, v = self._visiontok_qkv(query)
@@ -82,41 +74,23 @@ class PatchedBlock:
     _visiontok: Stage
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        stage: Stage = self._visiontok
-        x, state = input, stage.enter(input)
-        if stage.opens:
-            x, state = stage.before(x, state, self._visiontok_ahead(x, state))
-        if stage.idle(state):
-            y = super().forward(x)  # type: ignore[misc]
-            return stage.leave(y, state, {})
-        bias = state.key_bias(_bias_dtype(x))
-        tap, h = _Tap(), self.ln_1(x)
-        y, _ = self.self_attention(h, h, h, need_weights=False, tap=tap, bias=bias)
-        x = self.dropout(y) + x
-        offered = attention_offers(lambda: (tap.q, tap.k, tap.v), _scale(self.self_attention), bias, state.prefix)
-        x, after = stage.mid(x, state, offered)
-        x = x + self.mlp(self.ln_2(x))
-        return stage.leave(x, after, offered if after is state else {})
+        host = super().forward  # type: ignore[misc]
+        return run_block(self._visiontok, input, lambda x, _: host(x), self._visiontok_ahead, self._visiontok_run)
 
     def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
-        made: list[Any] = []
+        attn = self.self_attention
+        bias = state.key_bias(torch.float32)
+        return offers_ahead(lambda: attn._visiontok_qkv(self.ln_1(x)), attn.head_dim**-0.5, bias, state.prefix)
 
-        def read() -> tuple[Tensor, Tensor, Tensor]:
-            if not made:
-                made.append(self.self_attention._visiontok_qkv(self.ln_1(x)))
-            return made[0]
-
-        return attention_offers(read, _scale(self.self_attention), state.key_bias(torch.float32), state.prefix)
-
-
-def _scale(attn: Any) -> float:
-    return attn.head_dim**-0.5
-
-
-def _bias_dtype(x: Tensor) -> torch.dtype:
-    # Only the CPU's fused kernel takes an fp32 bias with half-precision queries.
-    exact = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return wide_dtype(x.dtype) if exact else x.dtype
+    def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
+        bias = state.key_bias(bias_dtype(x))
+        tap, h = Tap(), self.ln_1(x)
+        y, _ = self.self_attention(h, h, h, need_weights=False, tap=tap, bias=bias)
+        x = self.dropout(y) + x
+        offered = tap.offers(self.self_attention.head_dim**-0.5, bias, state.prefix)
+        x, after = self._visiontok.mid(x, state, offered)
+        x = x + self.mlp(self.ln_2(x))
+        return x, after, offered
 
 
 class PatchedNorm:

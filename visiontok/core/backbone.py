@@ -46,13 +46,23 @@ def class_paths(module: nn.Module) -> list[str]:
 
 
 class Backbone(ABC):
-    """Base of all families; one file per family, host libraries are imported inside functions only."""
+    """Base of all families; one file per family, host libraries are imported inside functions only.
+
+    Attributes:
+        name: What `visiontok list` and plans call it.
+        hosts: Class paths of the models it takes.
+        library: What must be installed.
+        provides: Signals on offer at each site.
+        grid_only: Whether only maps with a grid can be run (windows).
+        positional: Whether blocks read `TokenState.positions`.
+    """
 
     name: ClassVar[str] = ""
     hosts: ClassVar[tuple[str, ...]] = ()
     library: ClassVar[str] = ""
     provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {}
     grid_only: ClassVar[bool] = False
+    positional: ClassVar[bool] = False
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the model belongs to the family; classes are compared by name, so nothing is imported."""

@@ -60,7 +60,7 @@ class Items:
             grid=None,
             grid0=None,
             size=None if state.size is None else self.cut(state.size),
-            positions=None if state.positions is None else self.cut(state.positions),
+            positions=None,
             carry={name: self.cut(value) for name, value in state.carry.items()},
             trail=(),
             marks=(),

@@ -184,6 +184,9 @@ def bind(
         IncompatibleError: Site or signals are missing, or two reducers meet at one place.
         ParameterError: A budget does not fit the model.
     """
+    rules = {reducer.positions for reducer in reducers}
+    if backbone.positional and len(rules) > 1:
+        raise ParameterError("all reducers of a list need the same positions, got 'mean' and 'gather'.")
     blocks = backbone.blocks(model)
     depth, length, prefix = len(blocks), backbone.length(model), backbone.prefix(model)
     parts = [(reducer, part) for reducer in reducers for part in reducer.parts()]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from visiontok.core import schedule
+from visiontok.core.positions import RULES
 from visiontok.core.schedule import Budget
 from visiontok.core.signals import Signal, Signals, Site
 from visiontok.core.state import TokenState
@@ -129,6 +130,8 @@ class Reducer(ABC):
         spacing: How `gflops` and `tokens` are spread over the points: `even` counts, the same share at each (`ratio`)
             or falling counts (`linear`). Default: the method's own; `ratio` where that cannot reach the target.
         compat: `"official"` reproduces quirks of the released code; None is the sane behaviour.
+        positions: Where a merged token stands in models whose attention reads positions (RoPE, relative biases):
+            `mean` of its members, weighted by size, or `gather`, where the token stood that it merged into.
 
     At most one of r, keep, gflops, tokens may be given.
 
@@ -150,7 +153,6 @@ class Reducer(ABC):
     stochastic: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     when: ClassVar[str] = "prefill"
-    positions: ClassVar[str] = "keep"
     scope: ClassVar[str] = "item"
     carry_rules: ClassVar[Mapping[str, str]] = {}
     budget_names: ClassVar[tuple[str, ...]] = _BUDGETS
@@ -161,6 +163,7 @@ class Reducer(ABC):
     tokens: int | None = field(default=None, kw_only=True)
     spacing: str | None = field(default=None, kw_only=True)
     compat: str | None = field(default=None, kw_only=True)
+    positions: str = field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in self.budget_names if getattr(self, name) is not None}
@@ -169,6 +172,8 @@ class Reducer(ABC):
             raise ParameterError(f"{self.name}: give one budget, got {len(given)} ({said}).")
         if self.compat not in (None, "official"):
             raise ParameterError(f"{self.name}: compat must be None or 'official', got {self.compat!r}.")
+        if self.positions not in RULES:
+            raise ParameterError(f"{self.name}: positions must be 'mean' or 'gather', got {self.positions!r}.")
         if self.spacing not in (None, "even", "ratio", "linear"):
             raise ParameterError(
                 f"{self.name}: spacing must be None, 'even', 'ratio' or 'linear', got {self.spacing!r}."

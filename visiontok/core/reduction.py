@@ -244,6 +244,7 @@ class Reduction:
                 carry_rules=rules,
                 chain=self._chain,
                 grid_only=self.backbone.grid_only,
+                positions=self.reducers[0].positions if self.backbone.positional else None,
             )
 
     def _stand_in(self) -> None:

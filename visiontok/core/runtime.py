@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from visiontok.core.positions import Positions
 from visiontok.core.reducer import Reducer, Where
 from visiontok.core.schedule import Budget
 from visiontok.core.signals import Offers, Signal, Signals, Site
@@ -204,6 +205,8 @@ class Stage:
         proportional: Whether attention adds log(size).
         carry_rules: See TokenState.
         chain: Shared notes.
+        grid_only: Whether only maps with a grid may be used.
+        positions: Rule by which positions follow tokens, or None if nothing reads them.
     """
 
     layer: int
@@ -215,6 +218,7 @@ class Stage:
     carry_rules: Mapping[str, str]
     chain: Chain
     grid_only: bool = False
+    positions: str | None = None
 
     def enter(self, x: Tensor) -> TokenState:
         """The state of x at this block; block 0 opens a new one.
@@ -236,9 +240,12 @@ class Stage:
         grid = getattr(x, _GRID, None) or self.grid
         if grid is not None and grid[0] * grid[1] != length - self.prefix:
             grid = None
+        positions = None
+        if self.positions is not None:
+            positions = Positions.initial(self.positions, batch, length, self.prefix, grid, x.device)
         state = TokenState(
             batch=batch, n=length, n0=length, device=x.device, prefix=self.prefix, depth=self.depth, grid=grid,
-            grid0=grid, proportional=self.proportional, carry_rules=self.carry_rules,
+            grid0=grid, proportional=self.proportional, carry_rules=self.carry_rules, positions=positions,
         )  # fmt: skip
         if not torch.compiler.is_compiling() and not _recomputing():
             self.chain.opened(state)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visiontok.core.positions import Positions
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
 from visiontok.ops import merging
@@ -67,7 +68,7 @@ class TokenState:
         mute: Whether queries of padding attend to all keys alike; see `TokenMap.mute`.
         grid: (h, w) of the non-prefix tokens while they form one, else None.
         grid0: (h, w) of the original ones, if they formed one.
-        positions: (B, N, ...) positions of the tokens, for backbones whose positions follow tokens.
+        positions: Where the tokens stand, for backbones whose attention reads positions; else None.
         carry: Tensors (B, N, ...) that follow their tokens.
         carry_rules: How each entry of `carry` follows: `sum`, `any` or `anchor`.
         stash: (B, M, C) tokens kept outside the sequence.
@@ -90,7 +91,7 @@ class TokenState:
     mute: bool = False
     grid: tuple[int, int] | None = None
     grid0: tuple[int, int] | None = None
-    positions: Tensor | None = None
+    positions: Positions | None = None
     carry: Mapping[str, Tensor] = field(default_factory=dict)
     carry_rules: Mapping[str, str] = field(default_factory=dict)
     stash: Tensor | None = None
@@ -243,7 +244,7 @@ class TokenState:
             self,
             device=device,
             size=move(self.size),
-            positions=move(self.positions),
+            positions=None if self.positions is None else self.positions.to(device),
             stash=move(self.stash),
             carry={name: move(value) for name, value in self.carry.items()},
             memo={name: move(value) for name, value in self.memo.items()},
@@ -283,7 +284,7 @@ class TokenState:
             carry.update(tm.carry)
         moved, positions = tm.form != "identity" or taken > 0, self.positions
         if moved and positions is not None:
-            positions = merging.select(_longer(positions, taken), tm.kept)
+            positions = positions.advance(tm, self.size)
         return self.changed(
             n=tm.K,
             size=size,

@@ -1,0 +1,81 @@
+"""Position tables for tokens that have moved: rows of rotary embeddings, rows and columns of attention biases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visiontok.ops.constants import wide_dtype
+
+__all__ = ["gather_bias", "gather_rows", "mean_bias", "turn"]
+
+
+def gather_rows(table: Tensor, index: Tensor, blank: float = 0.0) -> Tensor:
+    """Rows of a table for tokens that stand at `index`.
+
+    Args:
+        table: (N0, D), (H, N0, D) or (B, 1 | H, N0, D).
+        index: (B, N) int64 rows; -1 for a token without a position.
+        blank: What such a token gets.
+
+    Returns:
+        (B, 1 | H, N, D).
+    """
+    table = table.view(*[1] * (4 - table.dim()), *table.shape)
+    batch, heads, _, width = torch.broadcast_shapes(table.shape, (index.shape[0], 1, 1, 1))
+    full = table.expand(batch, heads, -1, -1)
+    place = index.clamp_min(0)[:, None, :, None].expand(-1, heads, -1, width)
+    return full.gather(2, place).masked_fill((index < 0)[:, None, :, None], blank)
+
+
+def turn(sin: Tensor, cos: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary rows turned further by an angle.
+
+    Args:
+        sin: (B, H, N, D).
+        cos: (B, H, N, D).
+        angle: (B, 1 | H, N, D) in radians, one per channel in the table's own layout. Zero changes no bit.
+
+    Returns:
+        The sines and cosines of the sums, in the dtype of the table.
+    """
+    wide = wide_dtype(sin.dtype)
+    a, b = sin.to(wide), cos.to(wide)
+    more, rest = angle.to(wide).sin(), angle.to(wide).cos()
+    return (a * rest + b * more).to(sin.dtype), (b * rest - a * more).to(cos.dtype)
+
+
+def gather_bias(table: Tensor, index: Tensor, blank: float = 0.0) -> Tensor:
+    """Rows and columns of a bias between tokens.
+
+    Args:
+        table: (N0, N0), (H, N0, N0) or (B, 1 | H, N0, N0).
+        index: (B, N) int64; -1 for a token without a position.
+        blank: Bias from and to such a token.
+
+    Returns:
+        (B, 1 | H, N, N).
+    """
+    rows = gather_rows(table, index, blank)
+    heads, length = rows.shape[1], rows.shape[2]
+    place = index.clamp_min(0)[:, None, None].expand(-1, heads, length, -1)
+    return rows.gather(3, place).masked_fill((index < 0)[:, None, None], blank)
+
+
+def mean_bias(table: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """The mean of a bias over the members of each pair of slots; that of two single tokens is their own, bit for bit.
+
+    Args:
+        table: (N0, N0), (H, N0, N0) or (B, 1 | H, N0, N0).
+        slot: (B, N0) int64 slot of each original token, -1 for a dropped one.
+        num_slots: K.
+
+    Returns:
+        (B, 1 | H, K, K); 0 from and to a slot without members.
+    """
+    wide = wide_dtype(table.dtype)
+    length = slot.shape[1]
+    share = torch.zeros(slot.shape[0], num_slots + 1, length, dtype=wide, device=slot.device)
+    share = share.scatter(1, torch.where(slot < 0, num_slots, slot).unsqueeze(1), 1.0)[:, :num_slots]
+    share = (share / share.sum(dim=2, keepdim=True).clamp_min(1.0)).unsqueeze(1)
+    return (share @ table.to(wide) @ share.mT).to(table.dtype)
