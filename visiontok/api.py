@@ -5,27 +5,25 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.jit import ScriptModule
 
 from visiontok import backbones, reducers
 from visiontok.core import patching
-from visiontok.core.backbone import Backbone
 from visiontok.core.plan import Support, support
 from visiontok.core.reducer import Card, Reducer
 from visiontok.core.reduction import Reduction
 from visiontok.core.runtime import Chain
+from visiontok.core.towers import Towers
 from visiontok.errors import (
     AlreadyPatchedError,
     IncompatibleError,
     NothingPatchedError,
     NotPatchedError,
     ParameterError,
-    did_you_mean,
 )
+from visiontok.finding import find_towers, resolve_target, unwrapped
 
 __all__ = [
     "compatibility",
@@ -59,26 +57,35 @@ def describe(name: str) -> Card:
     return reducers.registry.get(name).describe()
 
 
+@overload
+def patch(model: Any, reducer: dict[str, Any], /, **options: Any) -> Towers: ...
+@overload
+def patch(model: Any, reducer: Any = None, /, *, tower: Literal["both"], **options: Any) -> Towers: ...
+@overload
+def patch(model: Any, reducer: Any = None, /, **options: Any) -> Reduction: ...
 def patch(
-    model: nn.Module,
+    model: Any,
     reducer: Any = None,
     /,
     *,
     recipe: Any = None,
+    tower: str | None = None,
     trace: bool = False,
     restore: str | None = None,
     check_finite: bool = False,
     **params: Any,
-) -> Reduction:
+) -> Reduction | Towers:
     """Patches a model in place so that it runs with fewer tokens.
 
     state_dict keys, parameters and the forward signature stay as they are; `Reduction.unpatch` restores the model bit
     for bit. Patch before building the optimizer and before wrapping in DDP.
 
     Args:
-        model: A model of a known family, or a module that contains exactly one.
-        reducer: A name, a `Reducer`, or a list of these and of `(name, {params})`.
+        model: A model of a known family, a module that contains exactly one, or a transformers pipeline around one.
+        reducer: A name, a `Reducer`, or a list of these and of `(name, {params})`. For a model with two towers also a
+            dict `{"visual": reducer, "text": reducer}`.
         recipe: Path of a recipe file instead of a reducer.
+        tower: Of a model with two towers: `visual` (the default), `text` or `both`.
         trace: Keep the maps of the last forward for `Reduction.trace`.
         restore: None leaves features reduced. `gather` returns full-length features (each token a copy of the one it
             merged into, dropped tokens a copy of the nearest kept one), `zero` the same with zeros for dropped tokens.
@@ -86,7 +93,7 @@ def patch(
         **params: Fields of a reducer given by name.
 
     Returns:
-        The handle.
+        The `Reduction`; for `both` and for a dict a `Towers`, which holds one per tower.
 
     Raises:
         NothingPatchedError: The model, and every part of it, is of no known family.
@@ -103,21 +110,48 @@ def patch(
         reducer = load_recipe(recipe).reducer()
     if restore not in (None, "gather", "zero"):
         raise ParameterError(f"restore must be None, 'gather' or 'zero', got {restore!r}.")
-    chosen = _resolve(reducer, params)
-    target, backbone = resolve_target(model)
+    options = {"trace": trace, "restore": restore, "check_finite": check_finite}
+    if isinstance(reducer, dict) or tower == "both":
+        return _patch_towers(model, reducer, tower, options, params)
+    return _patch_tower(model, _resolve(reducer, params), tower, Chain(**options))
+
+
+def _patch_towers(
+    model: Any, reducer: Any, tower: str | None, options: dict[str, Any], params: dict[str, Any]
+) -> Towers:
+    if isinstance(reducer, dict):
+        if params or tower not in (None, "both"):
+            raise ParameterError("a dict of reducers names its towers and parameters itself; give neither beside it.")
+        chosen = {name: _resolve(item if isinstance(item, list) else [item], {}) for name, item in reducer.items()}
+    else:
+        chosen = {name: _resolve(reducer, params) for name in find_towers(model)}
+    if not chosen:
+        raise ParameterError("the dict of reducers is empty.")
+    done: dict[str, Reduction] = {}
+    try:
+        for name, reducers_of in chosen.items():
+            done[name] = _patch_tower(model, reducers_of, name, Chain(**options))
+    except BaseException:
+        Towers(done).unpatch()
+        raise
+    return Towers(done)
+
+
+def _patch_tower(model: Any, chosen: list[Reducer], tower: str | None, chain: Chain) -> Reduction:
+    target, backbone = resolve_target(model, tower)
     if patching.is_patched(target):
         raise AlreadyPatchedError(
             f"{type(target).__name__} is patched already; change it with Reduction.set(...) or call "
             "visiontok.unpatch(model) first."
         )
-    reduction = Reduction(target, backbone, chosen, Chain(trace, restore, check_finite))
+    reduction = Reduction(target, backbone, chosen, chain)
     reduction.install()
     _warn_if_idle(reduction)
     return reduction
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, reducer: Any = None, /, **options: Any) -> Iterator[Reduction]:
+def patched(model: nn.Module, reducer: Any = None, /, **options: Any) -> Iterator[Any]:
     """`patch` for the length of a `with` block; restores the model also when the block raises."""
     reduction = patch(model, reducer, **options)
     try:
@@ -132,7 +166,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         NotPatchedError: Nothing in it is patched.
     """
-    found = [vars(m)[patching.ATTRIBUTE] for m in model.modules() if patching.ATTRIBUTE in vars(m)]
+    inner = model if isinstance(model, nn.Module) else unwrapped(model)
+    found = [vars(m)[patching.ATTRIBUTE] for m in inner.modules() if patching.ATTRIBUTE in vars(m)]
     handles = [handle for handle in found if isinstance(handle, Reduction)]
     if not handles:
         raise NotPatchedError(f"{type(model).__name__} is not patched.")
@@ -141,16 +176,17 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def supports(reducer: Any, model: nn.Module) -> Support:
+def supports(reducer: Any, model: nn.Module, *, tower: str | None = None) -> Support:
     """Whether a reducer can be used on a model, and if not why.
 
     Args:
         reducer: A name or a Reducer.
-        model: Any module; patched or not.
+        model: Any module or pipeline; patched or not.
+        tower: As in `patch`.
     """
     (chosen,) = _resolve(reducer, {})
     try:
-        target, backbone = resolve_target(model)
+        target, backbone = resolve_target(model, tower)
     except (NothingPatchedError, IncompatibleError) as error:
         return Support(False, str(error))
     return support(chosen, backbone, target)
@@ -188,41 +224,6 @@ def _resolve_one(item: Any) -> Reducer:
     if not isinstance(name, str) or not isinstance(params, dict):
         raise ParameterError(f"a reducer is a name, (name, {{parameters}}) or a Reducer, got {item!r}.")
     return reducers.create(name, **params)
-
-
-def resolve_target(model: Any) -> tuple[nn.Module, Backbone]:
-    """The module that would be patched, and its family.
-
-    Raises:
-        ParameterError, IncompatibleError, NothingPatchedError: As in `patch`.
-    """
-    if not isinstance(model, nn.Module):
-        raise ParameterError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    wrapper = type(model).__name__
-    parallel = {type(module).__name__ for module in model.modules()} & {"DataParallel", "DistributedDataParallel"}
-    for kind in sorted(parallel):
-        advice = "DataParallel is not supported, use DDP" if kind == "DataParallel" else "patch before wrapping"
-        raise IncompatibleError(f"the model is wrapped in {kind}: {advice} (patch model.module, then wrap it).")
-    if isinstance(model, (ScriptModule, OptimizedModule)):
-        kind = "a compiled TorchScript module" if isinstance(model, ScriptModule) else "the result of torch.compile"
-        advice = "patch the eager model" if isinstance(model, ScriptModule) else "patch the model that you compiled"
-        raise IncompatibleError(f"the model is {kind}; {advice} instead.")
-    backbone = backbones.find(model)
-    if backbone is not None:
-        return model, backbone
-    found = [(path, module, backbones.find(module)) for path, module in model.named_modules() if path]
-    hits = [(path, module, backbone) for path, module, backbone in found if backbone is not None]
-    if len(hits) == 1:
-        return hits[0][1], hits[0][2]
-    if hits:
-        paths = ", ".join(path for path, _, _ in hits)
-        raise NothingPatchedError(f"{wrapper} holds several models that could be patched ({paths}); pass one of them.")
-    hosts = [host for cls in backbones.registry.classes() for host in cls.hosts]
-    hint = did_you_mean(wrapper, [host.rpartition(".")[2] for host in hosts])
-    raise NothingPatchedError(
-        f"no part of {wrapper} ({type(model).__module__}) is of a known family, nothing was patched.{hint} Known: "
-        f"{', '.join(hosts)}."
-    )
 
 
 def _warn_if_idle(reduction: Reduction) -> None:

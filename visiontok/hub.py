@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from visiontok import backbones
 from visiontok.core.reduction import Reduction
 from visiontok.core.saving import CONFIG, WEIGHTS, learned_parts, read_config, revive_fields, save_pretrained
 from visiontok.errors import FormatError, ParameterError
@@ -26,18 +27,20 @@ def from_pretrained(model: nn.Module, source: str | Path, *, revision: str | Non
             what differs. Nothing is patched then.
         UnknownNameError, ParameterError, IncompatibleError: As in `visiontok.patch`.
     """
-    from visiontok.api import patch, resolve_target
+    from visiontok.api import patch
+    from visiontok.finding import resolve_target
 
     config = read_config(_fetch(source, CONFIG, revision))
     items = [(item["name"], revive_fields(item["fields"])) for item in config["reducers"]]
-    target, backbone = resolve_target(model)
+    tower = _tower_of(config["backbone"])
+    target, backbone = resolve_target(model, tower)
     blocks = backbone.blocks(target)
     found = {"backbone": backbone.name, "model_class": type(target).__name__, "depth": len(blocks)}
     differing = [key for key, value in found.items() if config[key] != value]
     wrong = [f"{key}: saved {config[key]!r}, this model {found[key]!r}" for key in differing]
     if wrong:
         raise FormatError(f"the saved reduction is for another model ({'; '.join(wrong)}).")
-    reduction = patch(model, items, restore=config["restore"])
+    reduction = patch(model, items, tower=tower, restore=config["restore"])
     try:
         if learned_parts(target):
             _load_learned(target, _fetch(source, WEIGHTS, revision))
@@ -45,6 +48,11 @@ def from_pretrained(model: nn.Module, source: str | Path, *, revision: str | Non
         reduction.unpatch()
         raise
     return reduction
+
+
+def _tower_of(backbone: str) -> str | None:
+    known = backbones.registry.names()
+    return backbones.registry.get(backbone).tower if backbone in known else None
 
 
 def _fetch(source: str | Path, name: str, revision: str | None) -> Path:

@@ -55,6 +55,7 @@ class Backbone(ABC):
         provides: Signals on offer at each site.
         grid_only: Whether only maps with a grid can be run (windows).
         positional: Whether blocks read `TokenState.positions`.
+        tower: `visual` or `text`.
     """
 
     name: ClassVar[str] = ""
@@ -63,6 +64,7 @@ class Backbone(ABC):
     provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {}
     grid_only: ClassVar[bool] = False
     positional: ClassVar[bool] = False
+    tower: ClassVar[str] = "visual"
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the model belongs to the family; classes are compared by name, so nothing is imported."""
@@ -110,6 +112,15 @@ class Backbone(ABC):
 
     def class_token(self, model: nn.Module) -> Tensor | None:
         """(1, 1, C) the learned class token, if any."""
+        return None
+
+    def aid(self, model: nn.Module, index: int) -> Any:
+        """What a block needs of the model beyond itself to run there, as `Stage.aid`; copied and moved with the model.
+
+        Args:
+            model: The model.
+            index: The block's.
+        """
         return None
 
     def input_size(self, model: nn.Module) -> tuple[int, ...]:

@@ -205,7 +205,7 @@ class LayerTokens:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from visiontok.api import resolve_target
+        from visiontok.finding import resolve_target
 
         target, backbone = resolve_target(model)
         self._blocks = [block.module for block in backbone.blocks(target)]

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import visiontok as vt
-from visiontok.api import resolve_target
 from visiontok.core import runtime
 from visiontok.core.patching import ATTRIBUTE
 from visiontok.core.reducer import Reducer
@@ -24,6 +23,7 @@ from visiontok.core.signals import Signal, Signals
 from visiontok.core.state import TokenState, apply
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import IncompatibleError, ParameterError
+from visiontok.finding import resolve_target
 from visiontok.ops.ordering import stable_order
 
 __all__ = ["attentive_mask", "attentive_masking", "class_attention", "crop_attention", "layer_shuffle"]

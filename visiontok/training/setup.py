@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import visiontok as vt
-from visiontok.api import resolve_target
 from visiontok.bench import models
 from visiontok.bench.runtime import Runtime
 from visiontok.core.patching import ATTRIBUTE
 from visiontok.core.reduction import Reduction
 from visiontok.errors import ParameterError
+from visiontok.finding import resolve_target
 from visiontok.training.config import TrainConfig
 
 __all__ = ["handle", "make_ema", "make_mixup", "make_optimizer", "make_schedule", "students", "unpatched"]
