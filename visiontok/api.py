@@ -112,8 +112,13 @@ def patch(
         raise ParameterError(f"restore must be None, 'gather' or 'zero', got {restore!r}.")
     options = {"trace": trace, "restore": restore, "check_finite": check_finite}
     if isinstance(reducer, dict) or tower == "both":
-        return _patch_towers(model, reducer, tower, options, params)
-    return _patch_tower(model, _resolve(reducer, params), tower, Chain(**options))
+        towers = _patch_towers(model, reducer, tower, options, params)
+        for part in towers.values():
+            _warn_if_idle(part)
+        return towers
+    reduction = _patch_tower(model, _resolve(reducer, params), tower, Chain(**options))
+    _warn_if_idle(reduction)
+    return reduction
 
 
 def _patch_towers(
@@ -146,7 +151,6 @@ def _patch_tower(model: Any, chosen: list[Reducer], tower: str | None, chain: Ch
         )
     reduction = Reduction(target, backbone, chosen, chain)
     reduction.install()
-    _warn_if_idle(reduction)
     return reduction
 
 

@@ -53,7 +53,7 @@ FORBIDDEN = {
 LAYERS = [
     {"cli", "demo", "demos", "__main__"},
     {"bench", "viz", "tokenizers", "training"},
-    {"api", "hub", "models"},
+    {"api", "finding", "hub", "models"},
     {"reducers", "backbones"},
     {"core"},
     {"registry"},

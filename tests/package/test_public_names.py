@@ -19,7 +19,7 @@ import visiontok.ops
 import visiontok.reducers
 
 PARTS = ("visiontok.core", "visiontok.ops", "visiontok.reducers", "visiontok.backbones")
-SINGLE = ("visiontok.api", "visiontok.errors", "visiontok.hub", "visiontok.registry")
+SINGLE = ("visiontok.api", "visiontok.errors", "visiontok.finding", "visiontok.hub", "visiontok.registry")
 
 
 def _modules() -> list[ModuleType]:

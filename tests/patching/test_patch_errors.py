@@ -147,7 +147,7 @@ def test_p9_a_near_miss_is_offered() -> None:
     "model", [None, "deit_small", nn.Linear, torch.zeros(2)], ids=["None", "str", "class", "tensor"]
 )
 def test_p9_no_module_at_all(model: Any) -> None:
-    with pytest.raises(ParameterError, match=rf"model must be a torch.nn.Module, got {type(model).__name__}"):
+    with pytest.raises(ParameterError, match=rf"model must be a torch.nn.Module .*, got {type(model).__name__}"):
         vt.patch(model, "tome", r=2)
 
 
