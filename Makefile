@@ -37,7 +37,7 @@ $(VENV)/.ready-run: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.ready-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[timm,bench,demo,test]'
+	$(BIN)/python -m pip install -q -e '.[timm,clip,mllm,bench,demo,test]'
 	@touch $@
 
 $(VENV)/.ready-demo: pyproject.toml | $(BIN)/python
@@ -45,10 +45,10 @@ $(VENV)/.ready-demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[timm,bench,demo,test,dev]'
+	$(BIN)/python -m pip install -q -e '.[timm,clip,mllm,bench,demo,test,dev]'
 	@touch $@
 
 $(VENV)-oldest/.ready: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install -q -e '.[timm,bench,demo,test]' -r tests/oldest.txt
+	$(VENV)-oldest/bin/python -m pip install -q -e '.[timm,clip,mllm,bench,demo,test]' -r tests/oldest.txt
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 import visiontok as vt
 from visiontok import backbones
 from visiontok.backbones.hf_sam import join, partition, segment_anything_keys
+from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError, StateLostError
 from visiontok.ops import clustering
 
@@ -95,6 +97,44 @@ def test_zero_reduction_and_unpatching_are_bit_equal(sam: tuple[Any, Tensor]) ->
     assert not any("_visiontok" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("start", [1, 3])
+def test_cubist_shrinks_every_window_and_the_neck_gets_the_full_map(sam: tuple[Any, Tensor], start: int) -> None:
+    model, image = sam
+    encoder = model.vision_encoder
+    cubist = vt.reducers.create("cubist", rh=1, rw=1, loc=start)
+    with torch.no_grad():
+        x = encoder.patch_embed(image) + encoder.pos_embed
+        for layer in encoder.layers[:start]:
+            x = layer(x)
+        height, width = x.shape[1:3]
+        win = encoder.config.window_size or height
+        down = -(-height // win)
+        x = F.pad(x, (0, 0, 0, down * win - width, 0, down * win - height))
+        full, small = torch.zeros_like(x), x.new_zeros(len(x), down * (win - 1), down * (win - 1), x.shape[-1])
+        places = {}
+        for i, j in itertools.product(range(down), repeat=2):
+            tokens = x[:, i * win : (i + 1) * win, j * win : (j + 1) * win].flatten(1, 2)
+            state = TokenState.initial(tokens, 0, (win, win))
+            tm = cubist.decide(vt.Signals.of(HIDDEN=tokens, GRID=(win, win)), state, win * win - (win - 1) ** 2)
+            assert tm is not None
+            places[i, j] = tm.assign
+            rows, columns = slice(i * (win - 1), (i + 1) * (win - 1)), slice(j * (win - 1), (j + 1) * (win - 1))
+            small[:, rows, columns] = tm.reduce(tokens).unflatten(1, (win - 1, win - 1))
+        for layer in encoder.layers[start:]:
+            layer = copy.copy(layer)
+            layer.window_size = win - 1 if layer.window_size else 0
+            small = layer(small)
+        for (i, j), place in places.items():
+            rows, columns = slice(i * (win - 1), (i + 1) * (win - 1)), slice(j * (win - 1), (j + 1) * (win - 1))
+            part = small[:, rows, columns].flatten(1, 2)
+            back = part.gather(1, place.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
+            full[:, i * win : (i + 1) * win, j * win : (j + 1) * win] = back.unflatten(1, (win, win))
+        want = encoder.neck(full[:, :height, :width])
+    with vt.patched(model, cubist) as red:
+        torch.testing.assert_close(embed(model, image), want, rtol=1e-9, atol=1e-9)
+        assert red.tokens == red.plan.tokens
+
+
 def test_clusters_need_not_be_square(sam: tuple[Any, Tensor]) -> None:
     model, image = sam
     with vt.patched(model, "expedite", clusters=(3, 2), start=1, trace=True) as red:
@@ -138,10 +178,8 @@ def test_recorded_hidden_states_are_there_while_patched() -> None:
 def test_only_grid_preserving_reducers_fit() -> None:
     model, _ = made()["vision"]
     for name in ("tome", "random", "pitome"):
-        with pytest.raises(IncompatibleError, match=f"{name} cannot be used on SamVisionModel"):
+        with pytest.raises(IncompatibleError, match=f"only reducers that keep a grid can be used; {name} does not"):
             vt.patch(model, name, r=2)
-    with pytest.raises(IncompatibleError, match="site PRE"):
-        vt.patch(model, "expedite", r=2, reconstruct=False)
 
 
 def test_layers_with_different_windows_are_refused() -> None:

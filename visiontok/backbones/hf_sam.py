@@ -19,6 +19,7 @@ from visiontok.errors import IncompatibleError
 __all__ = ["HFSam", "segment_anything_keys"]
 
 _MODULE = "transformers.models.sam.modeling_sam"
+_HAVE = frozenset({Signal.HIDDEN, Signal.GRID})
 # Height and width of the whole map, for putting windows together again.
 _MAP = "hf_sam.map"
 
@@ -168,10 +169,10 @@ class PatchedNeck:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         state = state_of(hidden_states)
-        if state is not None and state.frames:
-            windows, full = state.whole(_to_windows(hidden_states, state), None)
-            base = _grid(full)
-            hidden_states = _to_map(windows, full, base)
+        if state is not None and state.trail:
+            base: Any = state.grid0
+            windows, full = state.whole(_to_windows(hidden_states, state), "nearest")
+            hidden_states = _to_map(windows, full.changed(grid=base), base)
         return super().forward(hidden_states)  # type: ignore[misc]
 
 
@@ -186,7 +187,7 @@ class HFSam(Backbone):
     name = "hf_sam"
     library = "transformers"
     hosts = (f"{_MODULE}.SamVisionModel", f"{_MODULE}.SamVisionEncoder", f"{_MODULE}.SamModel")
-    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {Site.AROUND: frozenset({Signal.HIDDEN, Signal.GRID})}
+    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {Site.AROUND: _HAVE, Site.PRE: _HAVE}
     grid_only = True
 
     def blocks(self, model: Any) -> list[Block]:

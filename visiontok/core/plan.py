@@ -146,12 +146,12 @@ def support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
 
 def _support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
     offered = backbone.provides
-    if reducer.site not in offered:
-        sites = ", ".join(str(site) for site in offered)
-        return Support(False, f"{reducer.name} acts at site {reducer.site}; {backbone.name} has {sites}.")
     if backbone.grid_only and not reducer.grid_preserving:
         reason = "blocks use windows or relative positions, so only reducers that keep a grid can be used"
         return Support(False, f"{backbone.name}'s {reason}; {reducer.name} does not.")
+    if reducer.site not in offered:
+        sites = ", ".join(str(site) for site in offered)
+        return Support(False, f"{reducer.name} acts at site {reducer.site}; {backbone.name} has {sites}.")
     try:
         backbone.check(model, reducer.site)
     except IncompatibleError as error:
