@@ -245,6 +245,7 @@ class Reduction:
                 chain=self._chain,
                 grid_only=self.backbone.grid_only,
                 positions=self.reducers[0].positions if self.backbone.positional else None,
+                aid=self.backbone.aid(self.model, index),
             )
 
     def _stand_in(self) -> None:

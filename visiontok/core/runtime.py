@@ -207,6 +207,7 @@ class Stage:
         chain: Shared notes.
         grid_only: Whether only maps with a grid may be used.
         positions: Rule by which positions follow tokens, or None if nothing reads them.
+        aid: What `Backbone.aid` gives for the block.
     """
 
     layer: int
@@ -219,6 +220,7 @@ class Stage:
     chain: Chain
     grid_only: bool = False
     positions: str | None = None
+    aid: Any = None
 
     def enter(self, x: Tensor) -> TokenState:
         """The state of x at this block; block 0 opens a new one.
