@@ -51,9 +51,20 @@ class BrowserCount:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: left out by default; run everything with -m 'full or not full'")
     config.addinivalue_line("markers", "browser: needs headless Chromium ($VISIONTOK_CHROMIUM, or on the PATH)")
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(BrowserCount(), "browser-count")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "full" in (config.getoption("markexpr") or ""):
+        return
+    left = [item for item in items if item.get_closest_marker("full")]
+    if left:
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.hookimpl(trylast=True)

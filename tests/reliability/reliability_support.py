@@ -81,8 +81,8 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], atol: float 
 # One of each kind for the default run: merging, random selection, summing, padding, column votes, looking ahead, spans,
 # learned and soft maps, composites. The others run under `full`.
 _KINDS = ("tome", "random", "evit", "ats", "zero_tprune", "mctf", "expedite", "sit", "clca")
-# Where one test takes many seconds (compilers, exporters): merging, and padding and a composite, which hold most kinds.
-_FEW = ("tome", "ats", "clca")
+# Where one test takes many seconds (compilers, exporters): merging, and a composite, which holds most kinds.
+_FEW = ("tome", "clca")
 
 
 def _among(names: tuple[str, ...]) -> pytest.MarkDecorator:

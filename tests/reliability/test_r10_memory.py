@@ -89,12 +89,13 @@ def test_a_trace_holds_one_forward_only() -> None:
 def test_patching_and_unpatching_over_and_over_leaves_nothing() -> None:
     model = tiny()
     counts = []
-    for _ in range(5):
-        with vt.patched(model, "tome", **settings("tome")), torch.no_grad():
-            model(images())
+    for rounds in (2, 3):
+        for _ in range(rounds):
+            with vt.patched(model, "tome", **settings("tome")), torch.no_grad():
+                model(images())
         gc.collect()
         counts.append(_alive())
-    assert counts[-1] == counts[1]
+    assert counts[-1] == counts[0]
 
 
 def test_a_model_dies_with_its_patch() -> None:
