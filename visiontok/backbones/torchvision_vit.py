@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visiontok.backbones import mha
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
 from visiontok.core.runtime import Stage, carry_state, state_of
@@ -20,7 +20,6 @@ from visiontok.errors import IncompatibleError
 __all__ = ["TorchvisionViT", "swag_keys"]
 
 _MODULE = "torchvision.models.vision_transformer"
-_ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
 _FILLS: dict[Any, Any] = {None: None, "gather": "nearest", "zero": "zero"}
 _HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | ATTENTION
 
@@ -50,24 +49,6 @@ def swag_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-class PatchedAttention:
-    """Self-attention that, when given a tap, leaves its q, k, v there and adds a bias over keys."""
-
-    def forward(self: Any, query: Tensor, *args: Any, tap: Tap | None = None, bias: Any = None, **kwargs: Any) -> Any:
-        if tap is None:
-            return super().forward(query, *args, **kwargs)  # type: ignore[misc]
-        q, k, v = self._visiontok_qkv(query)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-        tap.q, tap.k, tap.v = q, k, v
-        return self.out_proj(y.transpose(1, 2).flatten(2)), None
-
-    def _visiontok_qkv(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
-
-
 class PatchedBlock:
     """An encoder block with a reduction point between attention and MLP."""
 
@@ -78,15 +59,13 @@ class PatchedBlock:
         return run_block(self._visiontok, input, lambda x, _: host(x), self._visiontok_ahead, self._visiontok_run)
 
     def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
-        attn = self.self_attention
-        bias = state.key_bias(torch.float32)
-        return offers_ahead(lambda: attn._visiontok_qkv(self.ln_1(x)), attn.head_dim**-0.5, bias, state.prefix)
+        attn, bias = self.self_attention, state.key_bias(torch.float32)
+        return offers_ahead(lambda: mha.project(attn, self.ln_1(x)), attn.head_dim**-0.5, bias, state.prefix)
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         bias = state.key_bias(bias_dtype(x))
-        tap, h = Tap(), self.ln_1(x)
-        y, _ = self.self_attention(h, h, h, need_weights=False, tap=tap, bias=bias)
-        x = self.dropout(y) + x
+        tap = Tap()
+        x = self.dropout(mha.attend(self.self_attention, self.ln_1(x), tap, bias)) + x
         offered = tap.offers(self.self_attention.head_dim**-0.5, bias, state.prefix)
         x, after = self._visiontok.mid(x, state, offered)
         x = x + self.mlp(self.ln_2(x))
@@ -157,13 +136,9 @@ class TorchvisionViT(Backbone):
                     f"{path} is a {type(block).__name__}; visiontok runs torchvision's EncoderBlock."
                 )
             attn: Any = block.self_attention
-            plain = _runs(attn, _ATTENTION) and attn.batch_first and attn._qkv_same_embed_dim
-            # Its projections are read as weights, which an adapter or a quantised layer does not have there.
-            if not plain or attn.bias_k is not None or attn.add_zero_attn:
-                raise IncompatibleError(
-                    f"{path}.self_attention is a {type(attn).__name__} that visiontok cannot read queries and keys "
-                    "from; it takes torch.nn.MultiheadAttention with batch_first=True and one joint projection."
-                )
+            why = mha.obstacle(attn) or (None if attn.batch_first else "it takes tokens first (batch_first=False)")
+            if why is not None:
+                raise IncompatibleError(f"visiontok cannot read queries and keys from {path}.self_attention: {why}.")
 
     def swaps(self, model: Any) -> list[Swap]:
         encoder = model.encoder
@@ -172,7 +147,8 @@ class TorchvisionViT(Backbone):
             swaps.append(Swap("encoder.ln", encoder.ln, PatchedNorm))
         for path, block in self.blocks(model):
             attn: Any = block.self_attention
-            swaps += [Swap(path, block, PatchedBlock), Swap(f"{path}.self_attention", attn, PatchedAttention)]
+            name = f"{path}.self_attention"
+            swaps += [Swap(path, block, PatchedBlock), Swap(name, mha.inner(attn), mha.PatchedAttention)]
         return swaps
 
     def example(self) -> tuple[nn.Module, Tensor]:
