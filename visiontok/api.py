@@ -58,7 +58,7 @@ def describe(name: str) -> Card:
 
 
 @overload
-def patch(model: Any, reducer: dict[str, Any], /, **options: Any) -> Towers: ...
+def patch(model: Any, reducer: dict[str, Any], /, **options: Any) -> Towers: ...  # pyright: ignore
 @overload
 def patch(model: Any, reducer: Any = None, /, *, tower: Literal["both"], **options: Any) -> Towers: ...
 @overload

@@ -27,6 +27,9 @@ _REFUSED = {
     "transformers.models.swin.modeling_swin.SwinModel": _WINDOWS,
     "transformers.models.swinv2.modeling_swinv2.Swinv2Model": _WINDOWS,
     "torchvision.models.swin_transformer.SwinTransformer": _WINDOWS,
+    "transformers.models.data2vec.modeling_data2vec_vision.Data2VecVisionModel": (
+        "its attention makes its own position bias and its layers return tuples, which no backbone of visiontok runs"
+    ),
     "open_clip.modified_resnet.ModifiedResNet": "it is a convolutional network, which has no tokens",
 }
 
@@ -60,6 +63,10 @@ def resolve_target(model: Any, tower: str | None = None) -> tuple[nn.Module, Bac
     if tower not in (None, *TOWERS):
         raise ParameterError(f"tower must be 'visual' or 'text', got {tower!r}.")
     towers = find_towers(model)
+    if tower is None and "visual" not in towers:
+        refused = _refused(unwrapped(model))
+        if refused is not None:
+            raise refused
     wanted = tower or next(iter(towers))
     if wanted not in towers:
         has = ", ".join(towers)
@@ -115,13 +122,21 @@ def unwrapped(model: Any) -> nn.Module:
     return inner
 
 
-def _nothing(model: nn.Module) -> Exception:
+def _refused(model: nn.Module) -> IncompatibleError | None:
     name = type(model).__name__
     for path, module in model.named_modules():
         reason = next((_REFUSED[host] for host in class_paths(module) if host in _REFUSED), None)
         if reason is not None:
             where = f"{name}.{path} ({type(module).__name__})" if path else name
             return IncompatibleError(f"{where} cannot be patched: {reason}.")
+    return None
+
+
+def _nothing(model: nn.Module) -> Exception:
+    refused = _refused(model)
+    if refused is not None:
+        return refused
+    name = type(model).__name__
     hosts = [host for cls in backbones.registry.classes() for host in cls.hosts]
     hint = did_you_mean(name, [host.rpartition(".")[2] for host in hosts])
     return NothingPatchedError(

@@ -127,6 +127,12 @@ class Backbone(ABC):
         """Shape of one nominal input without the batch."""
         raise NotImplementedError
 
+    def nominal(self, model: nn.Module, size: tuple[int, ...], batch: int = 1) -> Any:
+        """Inputs on the meta device, of this size without the batch: a tensor, a tuple or keyword arguments."""
+        from visiontok.core.flops import meta_input
+
+        return meta_input(model, size, batch)
+
     @abstractmethod
     def example(self) -> tuple[nn.Module, Any]:
         """A tiny random model and an input for it; drives docs and the conformance tests."""

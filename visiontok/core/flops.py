@@ -105,12 +105,13 @@ def profile(model: nn.Module, inputs: Any, paths: tuple[str, ...] = ()) -> Profi
 
     Args:
         model: The model.
-        inputs: Its input, or a tuple of positional inputs.
+        inputs: Its input, a tuple of positional inputs, or a dict of keyword arguments.
         paths: Modules whose share is wanted, by dotted path.
     """
     counter = FlopCounterMode(display=False)
+    args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     with torch.no_grad(), counter:
-        model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        model(*args, **(inputs if isinstance(inputs, dict) else {}))
     by_module = {name.partition(".")[2]: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     return Profile(counter.get_total_flops() // 2, {path: by_module.get(path, 0) for path in paths})
 

@@ -83,7 +83,8 @@ class Gauge:
         self._ghost.set(inner=reducer, r=removals)
         ghost = self._ghost.model
         paths = tuple(block.path for block in self._backbone.blocks(ghost))
-        return flops.profile(ghost, flops.meta_input(ghost, self._backbone.input_size(self._model)), paths)
+        inputs = self._backbone.nominal(ghost, self._backbone.input_size(self._model))
+        return flops.profile(ghost, inputs, paths)
 
     def _tokens(self, reducer: Reducer, removals: dict[int, int]) -> tuple[list[int], list[int]]:
         """Tokens before and after each block."""

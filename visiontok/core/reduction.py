@@ -182,7 +182,7 @@ class Reduction:
             input_size: Shape of one input without the batch; default: the model's nominal size.
         """
         size = tuple(input_size or self.backbone.input_size(self.model))
-        x = flops.meta_input(self.model, size)
+        x = self.backbone.nominal(self.model, size)
         paths = tuple(block.path for block in self.backbone.blocks(self.model))
         ghost = flops.meta_copy(self.model)
         own: Reduction = vars(ghost)[patching.ATTRIBUTE]

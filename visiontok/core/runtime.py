@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from visiontok.core.signals import Offers, Signal, Signals, Site
 from visiontok.core.state import Frame, TokenState, apply
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import IncompatibleError, StateLostError
-from visiontok.ops.constants import length_of
+from visiontok.ops.constants import length_of, without_autocast
 
 __all__ = [
     "Chain",
@@ -262,11 +261,17 @@ class Stage:
         """True if the block may run untouched: no reduction needs its attention, and attention needs no bias."""
         if state.size is not None and (state.proportional or state.padded):
             return False
-        if any(self._acts(step, state) for step in self.steps.get("MID", ())):
+        if any(self._does(step, state) for step in self.steps.get("MID", ())):
             return False
         following = [step for step in self.steps.get("NEXT", ()) if not free_of_attention(step.reducer)]
         later = state.changed(layer=self.layer + 1) if following else state
-        return not any(self._acts(step, later) for step in following)
+        return not any(self._does(step, later) for step in following)
+
+    def acts(self, state: TokenState) -> bool:
+        """Whether any reducer does anything in this block, before, in or after it."""
+        later = state.changed(layer=self.layer + 1)
+        places = {"HERE": state, "MID": state, "NEXT": later}
+        return any(self._does(step, at) for place, at in places.items() for step in self.steps.get(place, ()))
 
     def before(self, x: Tensor, state: TokenState, offered: Offers) -> Decision:
         """Reduces before the block; `offered` are its own signals, for reducers that look ahead."""
@@ -294,7 +299,7 @@ class Stage:
         where = Where(state.layer, self.depth, start=state.n0 - state.lead, grid=state.grid)
         return step.reducer.removed(state.items, step.budget, where, state.prefix)
 
-    def _acts(self, step: Step, state: TokenState) -> bool:
+    def _does(self, step: Step, state: TokenState) -> bool:
         return step.reducer.always or self._amount(step, state) != 0
 
     def _reduce(self, key: str, x: Tensor, state: TokenState, offered: Offers) -> Decision:
@@ -310,7 +315,7 @@ class Stage:
     def _step(self, step: Step, amount: int, x: Tensor, state: TokenState, offered: Offers) -> Decision:
         reducer = step.reducer
         signals = Signals({"HIDDEN": lambda: x, "GRID": lambda: _grid(state), "MODULE": lambda: step.module, **offered})
-        with _exact(x.device.type):
+        with without_autocast(x.device.type):
             tm = reducer.decide(signals, state, amount)
             if tm is None:
                 return Decision(x, state)
@@ -355,13 +360,6 @@ def _owned(tm: TokenMap) -> TokenMap:
 def _may_sync(x: Tensor) -> bool:
     # A length read from the data is a constant in a traced graph and unknown on the meta device.
     return not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or x.is_meta)
-
-
-def _exact(device: str) -> Any:
-    # Entering autocast costs more than a small op, so it is done only where there is something to switch off.
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _grid(state: TokenState) -> tuple[int, int]:

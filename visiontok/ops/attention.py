@@ -12,7 +12,7 @@ from visiontok.errors import ParameterError
 from visiontok.ops import dispatch
 from visiontok.ops.constants import wide_dtype
 
-__all__ = ["Votes", "prefix_rows"]
+__all__ = ["Votes", "fold_bias", "prefix_rows"]
 
 # Query rows whose probabilities exist at one time.
 _ROWS = 64
@@ -22,6 +22,42 @@ _ROWS = 64
 _SMALL = 2**19
 # Most heads times rows for which products with zeros are cheaper than copying the keys into another order.
 _FEW = 32
+
+
+def fold_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts a bias over keys into extra channels, for attention kernels that take no mask.
+
+    Attention over the result with the same, explicitly given scale has logits `scale * q @ k + bias`; its output is in
+    the first d channels. The bias takes two channels, the rounded value and what rounding left, so that half precision
+    loses nothing to it.
+
+    Args:
+        query: (B, H, N, d).
+        key: (B, H, N, d).
+        value: (B, H, N, d).
+        bias: (B, 1, 1, N) additive bias over keys; -inf becomes a number that no logit can outweigh.
+        scale: Factor on the logits.
+
+    Returns:
+        query, key and value, each (B, H, N, D), D the next multiple of 8 from d + 2 on.
+
+    Raises:
+        ParameterError: The bias differs between queries.
+    """
+    if bias.shape[-2] != 1:
+        raise ParameterError(f"bias must be (B, 1, 1, N), one value per key, got shape {tuple(bias.shape)}.")
+    width = key.shape[-1]
+    blank = -(width + 2) % 8
+    least = torch.finfo(key.dtype).min / 2
+    wide = torch.promote_types(wide_dtype(bias.dtype), key.dtype)
+    share = (bias.to(wide) / scale).clamp_min(least).transpose(-2, -1)
+    high = share.to(key.dtype)
+    low = (share - high.to(share.dtype)).to(key.dtype)
+    one = high.new_ones(()).expand(*query.shape[:3], 2)
+    parts = torch.cat((high, low), dim=-1).expand(*key.shape[:3], 2)
+    query = F.pad(torch.cat((query, one), dim=-1), (0, blank))
+    key = F.pad(torch.cat((key, parts), dim=-1), (0, blank))
+    return query, key, F.pad(value, (0, 2 + blank))
 
 
 def prefix_rows(query: Tensor, key: Tensor, prefix: int, scale: float, bias: Tensor | None = None) -> Tensor:

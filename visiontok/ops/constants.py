@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from visiontok.ops import dispatch
 
-__all__ = ["arange_row", "length_of", "shape_constant", "wide_dtype"]
+__all__ = ["arange_row", "length_of", "shape_constant", "wide_dtype", "without_autocast"]
 
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32}
 
@@ -19,6 +20,14 @@ _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of `dtype` are compared and summed: at least fp32."""
     return _WIDE.get(dtype) or torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(device: str) -> Any:
+    """A context in which products keep the dtype of their factors."""
+    # Entering autocast costs more than a small op, so it is done only where there is something to switch off.
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def length_of(x: Tensor, axis: int = 1) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visiontok.ops.constants import wide_dtype
+from visiontok.ops.constants import wide_dtype, without_autocast
 
 __all__ = ["gather_bias", "gather_rows", "mean_bias", "turn"]
 
@@ -78,4 +78,5 @@ def mean_bias(table: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     share = torch.zeros(slot.shape[0], num_slots + 1, length, dtype=wide, device=slot.device)
     share = share.scatter(1, torch.where(slot < 0, num_slots, slot).unsqueeze(1), 1.0)[:, :num_slots]
     share = (share / share.sum(dim=2, keepdim=True).clamp_min(1.0)).unsqueeze(1)
-    return (share @ table.to(wide) @ share.mT).to(table.dtype)
+    with without_autocast(share.device.type):
+        return (share @ table.to(wide) @ share.mT).to(table.dtype)
