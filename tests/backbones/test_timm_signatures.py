@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import timm
 from timm.layers import Attention, AttentionPoolLatent, LayerScale
-from timm.models import deit
+from timm.models import beit, cait, deit
 from timm.models import vision_transformer as tv
+from timm.models import vision_transformer_relpos as relpos
 
 # The form of timm 1.0.17 to 1.0.x without is_causal, and the one of 1.0.31.
 PLAIN = "(self, x, attn_mask=None)"
@@ -18,11 +19,17 @@ TAKEN = (
     "(self, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False, output_fmt='NCHW', "
     "intermediates_only=False, output_dict=False, attn_mask=None"
 )
+SHARED = "(self, x, shared_rel_pos=None)"
+MAPS = (
+    "(self, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False, output_fmt='NCHW', "
+    "intermediates_only=False)"
+)
 
 EXPECTED: list[tuple[Any, tuple[str, ...]]] = [
     (tv.Block.forward, (PLAIN, CAUSAL)),
     (tv.ResPostBlock.forward, (PLAIN, CAUSAL)),
     (tv.ParallelThingsBlock.forward, (PLAIN, CAUSAL)),
+    (tv.ParallelScalingBlock.forward, (PLAIN, CAUSAL)),
     (Attention.forward, (PLAIN, CAUSAL)),
     (tv.VisionTransformer.forward, (PLAIN, CAUSAL)),
     (tv.VisionTransformer.forward_features, (PLAIN, CAUSAL)),
@@ -38,7 +45,26 @@ EXPECTED: list[tuple[Any, tuple[str, ...]]] = [
     (deit.VisionTransformerDistilled._pos_embed, ("(self, x)",)),
     (AttentionPoolLatent.forward, (PLAIN,)),
     (LayerScale.forward, ("(self, x)",)),
+    (relpos.RelPosBlock.forward, (SHARED,)),
+    (relpos.ResPostRelPosBlock.forward, (SHARED,)),
+    (relpos.RelPosAttention.forward, (SHARED,)),
+    (relpos.VisionTransformerRelPos.forward_intermediates, (MAPS,)),
+    (relpos.VisionTransformerRelPos.forward_head, ("(self, x, pre_logits=False)",)),
+    (beit.Block.forward, (SHARED.replace("pos", "pos_bias"),)),
+    (beit.Attention.forward, (SHARED.replace("pos", "pos_bias"),)),
+    (beit.Beit.forward_intermediates, (MAPS,)),
+    (beit.Beit.forward_head, ("(self, x, pre_logits=False)",)),
+    (cait.LayerScaleBlock.forward, ("(self, x)",)),
+    (cait.TalkingHeadAttn.forward, ("(self, x)",)),
+    (cait.LayerScaleBlockClassAttn.forward, ("(self, x, x_cls)",)),
+    (cait.ClassAttn.forward, ("(self, x)",)),
+    (cait.Cait.forward_intermediates, (MAPS.replace(" return_prefix_tokens=False,", ""),)),
+    (cait.Cait.forward_head, ("(self, x, pre_logits=False)",)),
 ]
+if hasattr(cait.Cait, "forward_cls"):
+    EXPECTED += [(cait.Cait.forward_cls, ("(self, x)",))]
+if hasattr(tv, "DiffAttention"):
+    EXPECTED += [(tv.DiffAttention.forward, (CAUSAL,)), (tv.DiffParallelScalingBlock.forward, (CAUSAL,))]
 
 
 def bare(function: Any) -> str:
@@ -54,7 +80,7 @@ def test_v3_signature_is_known(function: Any, known: tuple[str, ...]) -> None:
     found = bare(function)
     assert found in known, (
         f"timm {timm.__version__} changed {function.__module__}.{function.__qualname__}: {found} is none of {known}. "
-        "Read its body, adapt visiontok/backbones/timm_vit.py, then add the signature here."
+        "Read its body, adapt its backbone in visiontok/backbones, then add the signature here."
     )
 
 

@@ -100,7 +100,17 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "no pool": lambda: vit(global_pool=""),
     "ResPost": lambda: vit(block_fn=tv.ResPostBlock, init_values=0.1),
     "ParallelThings": lambda: vit(block_fn=tv.ParallelThingsBlock, init_values=0.1),
+    "ParallelScaling": lambda: vit(block_fn=tv.ParallelScalingBlock, init_values=0.1),
+    "ParallelScaling, apart": lambda: vit(
+        block_fn=tv.ParallelScalingBlock, qkv_bias=False, qk_norm=True, change=unfused
+    ),
 }
+if hasattr(tv, "DiffAttention"):
+    VARIANTS["Diff"] = lambda: vit(attn_layer="diff", qk_norm=True, scale_attn_norm=True)
+    VARIANTS["Diff, unfused, ParallelThings"] = lambda: vit(
+        attn_layer="diff", block_fn=tv.ParallelThingsBlock, change=unfused
+    )
+    VARIANTS["DiffParallelScaling"] = lambda: vit(block_fn=tv.DiffParallelScalingBlock, init_values=0.1)
 
 
 @pytest.fixture(params=list(VARIANTS))
@@ -476,39 +486,6 @@ def test_causal_attention_is_the_hosts_until_tokens_move(image: Tensor) -> None:
 # ---- refusals
 
 
-@pytest.mark.parametrize("name", ["ParallelScalingBlock", "DiffParallelScalingBlock"])
-def test_blocks_without_a_middle_are_named(image: Tensor, name: str) -> None:
-    block = getattr(tv, name, None)
-    if block is None:
-        pytest.skip(f"this timm has no {name}")
-    model = vit(block_fn=block)
-    before = run(model, image)
-    message = rf"blocks\.0 is a {name}, which has no point between attention and MLP.*Block, ResPostBlock"
-    with pytest.raises(IncompatibleError, match=message):
-        vt.patch(model, "tome", r=2)
-    assert not vt.supports("random", model)
-    assert torch.equal(run(model, image), before)
-    assert "_visiontok" not in vars(model)
-
-
-@pytest.mark.skipif(not hasattr(tv, "DiffAttention"), reason="this timm has no differential attention")
-def test_differential_attention_has_no_keys_to_offer(image: Tensor) -> None:
-    model = vit(attn_layer="diff", num_heads=2)
-    fits = vt.supports("tome", model)
-    assert (fits.ok, fits.missing) == (False, ("KEY",))
-    with pytest.raises(
-        IncompatibleError, match="tome cannot be used on VisionTransformer: timm_vit does not offer KEY at MID"
-    ):
-        vt.patch(model, "tome", r=2)
-    hidden_metric = vt.reducers.PiToMe(preset="clip", prop_attn=True)
-    for reducer in ("random", hidden_metric):
-        with vt.patched(model, reducer, r=[4]):
-            found = run(model, image)
-            moved = after_block(model, 0, image)
-            full = state_of(moved).restore(moved) if reducer is hidden_metric else moved.clone()
-        torch.testing.assert_close(found, rest(model, full), rtol=1e-9, atol=1e-9)
-
-
 class OwnAttention(Attention):
     def forward(self, x: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
         return 2.0 * super().forward(x, attn_mask=attn_mask, **kwargs)
@@ -547,9 +524,50 @@ def test_a_block_with_its_own_forward_is_refused(image: Tensor) -> None:
     model.blocks[1].__class__ = OwnBlock
     before = run(model, image)
     for reducer in ("tome", "random", "identity"):
-        with pytest.raises(IncompatibleError, match=r"blocks\.1 is a OwnBlock, which has no point"):
+        message = r"blocks\.1 is a OwnBlock with a forward of its own; visiontok runs the blocks Block, ResPostBlock"
+        with pytest.raises(IncompatibleError, match=message):
             vt.patch(model, reducer)
     assert torch.equal(run(model, image), before)
+
+
+# ---- parallel blocks, differential attention
+
+
+@pytest.mark.parametrize("name", ["ParallelScaling", "DiffParallelScaling"])
+@torch.no_grad()
+def test_a_parallel_block_reduces_after_its_sum(image: Tensor, name: str) -> None:
+    if name not in VARIANTS:
+        pytest.skip("this timm has no differential attention")
+    model = VARIANTS[name]()
+    whole = after_block(model, 0, image)
+    block = model.blocks[0]
+    embedded = model._pos_embed(model.patch_embed(image))
+    with vt.patched(model, "tome", r=[5], trace=True) as red:
+        found = after_block(model, 0, image)
+        (step,) = red.trace
+        keys = block._visiontok_parts(embedded)[2]
+    assert (step.layer, str(step.site), step.tokens) == (0, "MID", 12)
+    torch.testing.assert_close(found, step.map.reduce(whole), rtol=1e-12, atol=1e-12)
+    raw = block.in_proj(block.in_norm(embedded)).split(block.in_split, dim=-1)[2]
+    assert torch.equal(keys, raw.unflatten(-1, (HEADS, -1)).transpose(1, 2))
+    signals = vt.Signals.of(KEY=keys, HIDDEN=whole)
+    alone = vt.reducers.ToMe(r=5).decide(signals, vt.TokenState.initial(whole, 1), 5)
+    assert torch.equal(alone.assign, step.map.assign)
+
+
+@pytest.mark.skipif(not hasattr(tv, "DiffAttention"), reason="this timm has no differential attention")
+def test_differential_attention_offers_keys_but_no_rows(image: Tensor) -> None:
+    model = vit(attn_layer="diff")
+    assert vt.supports("tome", model)
+    assert vt.supports("evit", model).missing == ("ATTN_PREFIX",)
+    assert vt.supports("evit", vit(block_fn=tv.DiffParallelScalingBlock)).missing == ("ATTN_PREFIX",)
+    assert vt.supports("evit", vit(block_fn=tv.ParallelScalingBlock))
+    # Both halves of a head, side by side.
+    x = torch.randn(2, 17, DIM, dtype=torch.float64)
+    with vt.patched(model, "tome", r=2):
+        attn = model.blocks[0].attn
+        key = attn._visiontok_qkv(x)[1]
+    assert torch.equal(key, attn.qkv(x)[..., DIM : 2 * DIM].unflatten(-1, (HEADS, -1)).transpose(1, 2))
 
 
 def test_quiet_subclasses_work_like_their_base(image: Tensor) -> None:
@@ -570,44 +588,6 @@ def test_a_subclass_of_the_model_is_of_the_family(image: Tensor) -> None:
     mine, base = vit(Mine), vit()
     with vt.patched(mine, "tome", r=2), vt.patched(base, "tome", r=2):
         torch.testing.assert_close(run(mine, image), 3.0 * run(base, image))
-
-
-# ---- configurations
-
-
-def configurations() -> list[str]:
-    return [*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
-
-
-def test_the_configurations_cover_the_families_by_name() -> None:
-    names = configurations()
-    for part in ("clip", "siglip", "dinov2", "reg4_dinov2", "deit_small", "distilled", "deit3", "flexivit", "so400m",
-                 "_gap_", "reg4_gap", "vit_base_patch16_224", "siglip_gap"):  # fmt: skip
-        assert [name for name in names if part in name], part
-
-
-@pytest.mark.parametrize("name", configurations())
-@torch.no_grad()
-def test_timm_configurations_at_tiny_size(name: str) -> None:
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{**SMALL, "depth": 2}).eval()
-    x = torch.randn(1, 3, 32, 32)
-    before = model(x)
-    fits = vt.supports("tome", model)
-    if not fits:
-        attention_layers = {type(m).__name__ for m in model.blocks.modules()}
-        assert any("Diff" in kind or "ParallelScaling" in kind for kind in attention_layers), fits.reason
-        with pytest.raises(IncompatibleError):
-            vt.patch(model, "tome", r=2)
-        return
-    with vt.patched(model, "tome", r=0):
-        assert torch.equal(model(x), before)
-    with vt.patched(model, "tome", r=3) as red:
-        after = model(x)
-        assert after.shape == before.shape
-        assert torch.isfinite(after).all()
-        assert red.tokens == red.plan.tokens == [13 + model.num_prefix_tokens, 10 + model.num_prefix_tokens]
-    assert torch.equal(model(x), before)
 
 
 # ---- compute

@@ -68,7 +68,7 @@ def watch(red: Reduction, forward: Callable[[Tensor], Tensor], x: Tensor, read: 
         metric[state.layer] = read(self, signals)
         return decide(self, signals, state, budget)
 
-    blocks: Any = red.model.blocks
+    blocks = [block.module for block in red.backbone.blocks(red.model)]
     hooks = [block.register_forward_hook(lambda *call: hidden.append(call[-1].detach())) for block in blocks]
     try:
         with torch.no_grad(), mock.patch.object(cls, "decide", spy):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import models_blip2
+import models_clip_hf
+import models_open_clip
 import torch
 from golden_case import Case
 from golden_models import build, check_layers, fields, watch
@@ -132,19 +135,17 @@ def check_merges(case: Case, tm: TokenMap, match: matching.Match, x: Tensor, sta
         case.check("attention_mask", TokenMap(tm.assign, tm.K, mode="amax").reduce(mask), exact=True)
 
 
-def missing_backbone(case: Case) -> str | None:
-    """The model family that a case needs and visiontok lacks, by the names of its weights."""
-    patch = case.params.get("patch")
-    if case.level != "model":
-        return None
-    return {"clip": "LAVIS CLIP ViT", "clip_hf": "HF CLIPVisionModel", "blip2": "LAVIS EVA ViT"}.get(str(patch))
-
-
 def run_model(case: Case) -> None:
     """model_*: a patched timm ViT, layer by layer."""
+    if case.params["patch"] == "clip_hf":
+        run_clip_hf(case)
+        return
+    if case.params["patch"] == "clip":
+        run_open_clip(case)
+        return
     params, x = case.params, case.need("x")
-    model: Any = build(case)
-    features = "entry" in params
+    model: Any = models_blip2.build(case) if params["patch"] == "blip2" else build(case)
+    features = case.has("y")
     forward = model.forward_features if features else model
     baseline, output = ("baseline", "y") if features else ("baseline_logits", "logits")
     with torch.no_grad():
@@ -163,6 +164,55 @@ def run_model(case: Case) -> None:
     places = [Where(i, depth) for i in reducer.layers(depth)]
     assert [reducer.kind_at(where) for where in places] == params["kinds"]
     assert [reducer.margin_at(where) for where in places] == params["margins"]
+    for layer in run.maps:
+        check_layer(case, reducer, layer, run.metric[layer], depth)
+    vt.unpatch(model)
+
+
+def run_clip_hf(case: Case) -> None:
+    """model_*: a patched transformers CLIP vision tower, as LLaVA reads it."""
+    model, x = models_clip_hf.build(case), case.need("pixel_values")
+    case.check("baseline_penultimate", models_clip_hf.features(model, x)[-2])
+    red = vt.patch(model, "pitome", preset=PRESETS["clip_hf"], ratio=case.params["ratio"], trace=True)
+    reducer = red.reducers[0]
+    assert isinstance(reducer, PiToMe)
+    run = watch(red, lambda x: models_clip_hf.features(model, x)[-1], x, read_metric)
+    steps = {step.layer: step for step in red.trace}
+    models_clip_hf.check_features(case, models_clip_hf.features(model, x), red.trace[-1].origin)
+    assert [red.plan.length, *red.plan.tokens] == case.params["tokens_per_layer"]
+    depth = case.params["num_hidden_layers"]
+    places = [Where(i, depth) for i in reducer.layers(depth)]
+    assert [reducer.kind_at(where) for where in places] == case.params["kinds"]
+    assert [reducer.margin_at(where) for where in places] == case.params["margins"]
+    for block, where in enumerate(places):
+        metric, tm = run.metric[where.layer], steps[where.layer].map
+        removed = reducer.removed(metric.shape[1] - 1, Budget(ratio=case.params["ratio"]), where, 1)
+        match = reducer.match(metric, removed, where, 1)
+        if reducer.kind_at(where) == "bsm":
+            check_indices(case, f"layer{block}.", match, tm, metric.shape[1], 1)
+        else:
+            golden = fields(case, block, "a_idx", "b_idx", "protected_idx", "dst_idx")
+            check_split(case, f"layer{block}.", reducer, metric, where, 1, removed)
+            check_positions(case, f"layer{block}.", match, golden, 1)
+    vt.unpatch(model)
+
+
+def run_open_clip(case: Case) -> None:
+    """model_*: a patched open_clip transformer; the file keeps tokens before the batch."""
+    model, x = models_open_clip.build(case), case.need("x").transpose(0, 1)
+    with torch.no_grad():
+        case.check("baseline", model.transformer(x).transpose(0, 1))
+    red = vt.patch(model, "pitome", preset=PRESETS["clip"], ratio=case.params["ratio"], trace=True)
+    reducer = red.reducers[0]
+    assert isinstance(reducer, PiToMe)
+    run = watch(red, model.transformer, x, read_metric)
+    case.check("y", run.output.transpose(0, 1))
+    check_layers(case, run)
+    assert red.tokens == red.plan.tokens
+    depth = case.params["layers"]
+    places = [Where(i, depth) for i in reducer.layers(depth)]
+    assert [reducer.kind_at(where) for where in places] == case.params["kinds"]
+    assert [reducer.margin_at(where) for where in places] == case.params["margins"]
     for layer in run.maps:
         check_layer(case, reducer, layer, run.metric[layer], depth)
     vt.unpatch(model)

@@ -3,170 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visiontok.backbones.timm_blocks import (
+    PatchedAttention,
+    PatchedDiffAttention,
+    PatchedFeatures,
+    PatchedNorm,
+    _DiffParallelScalingBlock,
+    _ParallelScalingBlock,
+    _ParallelThingsBlock,
+    _PreNormBlock,
+    _ResPostBlock,
+)
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
-from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
-from visiontok.core.runtime import Stage, attach_state, carry_state, hint_grid, state_of
-from visiontok.core.signals import ATTENTION, Offers, Signal, Site
+from visiontok.core.blocks import bias_dtype
+from visiontok.core.runtime import hint_grid, state_of
+from visiontok.core.signals import ATTENTION, Signal, Site
 from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
-from visiontok.ops.attention import Votes
 
 __all__ = ["TimmViT"]
 
-_BLOCK = "timm.models.vision_transformer.Block"
-_RES_POST = "timm.models.vision_transformer.ResPostBlock"
-_PARALLEL_THINGS = "timm.models.vision_transformer.ParallelThingsBlock"
-# Where timm's plain attention lives in the versions that we support.
-_ATTENTION_FORWARDS = (
-    "timm.layers.attention.Attention.forward",
-    "timm.models.vision_transformer.Attention.forward",
-)
+_BLOCKS: dict[str, type] = {
+    "timm.models.vision_transformer.Block": _PreNormBlock,
+    "timm.models.vision_transformer.ResPostBlock": _ResPostBlock,
+    "timm.models.vision_transformer.ParallelThingsBlock": _ParallelThingsBlock,
+    "timm.models.vision_transformer.ParallelScalingBlock": _ParallelScalingBlock,
+    "timm.models.vision_transformer.DiffParallelScalingBlock": _DiffParallelScalingBlock,
+}
+# By the forward that it replaces; where timm keeps its plain attention depends on the version.
+_ATTENTIONS: dict[str, type] = {
+    "timm.layers.attention.Attention.forward": PatchedAttention,
+    "timm.models.vision_transformer.Attention.forward": PatchedAttention,
+    "timm.layers.diff_attention.DiffAttention.forward": PatchedDiffAttention,
+}
 
 _HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | ATTENTION
-
-
-class PatchedAttention:
-    """Attention that, when given a tap, leaves its q, k, v there."""
-
-    def forward(
-        self: Any, x: Tensor, attn_mask: Tensor | None = None, *args: Any, tap: Tap | None = None, **kwargs: Any
-    ) -> Tensor:
-        if tap is None:
-            return super().forward(x, attn_mask, *args, **kwargs)  # type: ignore[misc]
-        q, k, v = self._visiontok_qkv(x)
-        dropout = self.attn_drop.p if self.training else 0.0
-        if self.fused_attn:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        else:
-            logits = (q * self.scale) @ k.transpose(-2, -1)
-            logits = logits if attn_mask is None else logits + attn_mask
-            y = self.attn_drop(logits.softmax(dim=-1)) @ v
-        y = self.norm(y.transpose(1, 2).flatten(2))
-        gate = getattr(self, "gate", None)
-        if gate is not None:
-            y = y * gate(x).sigmoid()
-        tap.q, tap.k, tap.v = q, k, v
-        return self.proj_drop(self.proj(y))
-
-    def _visiontok_qkv(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
-
-
-def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, Offers]:
-    bias = state.key_bias(bias_dtype(x, attn.fused_attn))
-    if not issubclass(type(attn), PatchedAttention):
-        return attn(x, attn_mask=bias), {}
-    tap = Tap()
-    y = attn(x, attn_mask=bias, tap=tap)
-    return y, tap.offers(attn.scale, bias, state.prefix)
-
-
-def _ahead(attn: Any, normed: Callable[[], Tensor], state: TokenState) -> Offers:
-    if not issubclass(type(attn), PatchedAttention):
-        return {}
-    project = lambda: attn._visiontok_qkv(normed())  # noqa: E731
-    return offers_ahead(project, attn.scale, state.key_bias(torch.float32), state.prefix)
-
-
-class PatchedBlock:
-    """A block with a reduction point between attention and MLP."""
-
-    _visiontok: Stage
-
-    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        host = super().forward  # type: ignore[misc]
-        given = "attn_mask" if attn_mask is not None else "is_causal" if kwargs.get("is_causal") else None
-        return run_block(
-            self._visiontok,
-            x,
-            lambda x, _: host(x, attn_mask, **kwargs),
-            self._visiontok_ahead,
-            self._visiontok_run,
-            given,
-        )
-
-
-class _PreNormBlock(PatchedBlock):
-    def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
-        return _ahead(self.attn, lambda: self.norm1(x), state)
-
-    def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
-        y, offered = _attend(self.attn, self.norm1(x), state)
-        x = x + self.drop_path1(self.ls1(y))
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, after, offered
-
-
-class _ResPostBlock(PatchedBlock):
-    def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
-        return _ahead(self.attn, lambda: x, state)
-
-    def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
-        y, offered = _attend(self.attn, x, state)
-        x = x + self.drop_path1(self.norm1(y))
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + self.drop_path2(self.norm2(self.mlp(x)))
-        return x, after, offered
-
-
-class _ParallelThingsBlock(PatchedBlock):
-    def _visiontok_ahead(self: Any, x: Tensor, state: TokenState) -> Offers:
-        return _joined([_ahead(branch.attn, lambda b=branch: b.norm(x), state) for branch in self.attns])
-
-    def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
-        ran = [(branch, *_attend(branch.attn, branch.norm(x), state)) for branch in self.attns]
-        x = x + torch.stack([branch.drop_path(branch.ls(y)) for branch, y, _ in ran]).sum(dim=0)
-        offered = _joined([signals for _, _, signals in ran])
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + torch.stack([ffn(x) for ffn in self.ffns]).sum(dim=0)
-        return x, after, offered
-
-
-def _joined(branches: list[Offers]) -> Offers:
-    # Parallel attentions count as one with all their heads.
-    def join(name: str) -> Callable[[], Any]:
-        if name == "ATTN_VOTE":
-            return lambda: Votes.joined([branch[name]() for branch in branches])
-        return lambda: torch.cat([branch[name]() for branch in branches], dim=1)
-
-    return {name: join(name) for name in branches[0]}
-
-
-class PatchedNorm:
-    """A norm that lets the token state pass to the head."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return carry_state(x, super().forward(x))  # type: ignore[misc]
-
-
-class PatchedFeatures:
-    """What a consumer of tokens does with their state: ends spans, restores, or lets a reducer read the output out."""
-
-    _visiontok: Any
-
-    def forward_features(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
-        fill, state = self._visiontok.restore_fill, state_of(y)
-        return y if state is None else attach_state(*state.whole(y, fill))
-
-    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-        state = state_of(x)
-        if state is not None and not pre_logits:
-            output = self._visiontok.readout(state.memo)
-            if output is not None:
-                return output
-        y = super().forward_head(x, pre_logits)  # type: ignore[misc]
-        # Without pool and head the features themselves come out; their state must not.
-        return y if state_of(y) is None else y.view_as(y)
 
 
 class PatchedViT(PatchedFeatures):
@@ -196,7 +73,7 @@ class PatchedViT(PatchedFeatures):
         if not Backbone.accepts(self.attn_pool.forward, "attn_mask"):
             # A token counts as often as it has members, so the restored sequence gives the exact pool.
             return super().pool(state.restore(x, "nearest"), pool_type)  # type: ignore[misc]
-        bias = state.changed(proportional=True).key_bias(bias_dtype(x, self.attn_pool.fused_attn))
+        bias = state.changed(proportional=True, mute=False).key_bias(bias_dtype(x, self.attn_pool.fused_attn))
         return self.attn_pool(x[:, skip:], attn_mask=None if bias is None else bias[..., skip:])
 
     def forward_intermediates(
@@ -216,7 +93,7 @@ class PatchedViT(PatchedFeatures):
         if fill is None or output_fmt not in ("NCHW", "NLC"):
             plain = (indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict)
             return call(x, *plain, **kwargs)
-        final, taken = call(x, indices, True, norm, stop_early, "NLC", False, **kwargs)
+        final, taken = call(x, indices, self.num_prefix_tokens > 0, norm, stop_early, "NLC", False, **kwargs)
         state = state_of(final)
         pairs = taken if self.num_prefix_tokens else [(spatial, None) for spatial in taken]
         features = self._visiontok_dense(pairs, indices, state, fill)
@@ -232,21 +109,12 @@ class PatchedViT(PatchedFeatures):
         shown = features if prefixes is None else list(zip(features, prefixes))
         return shown if intermediates_only else (final, shown)
 
-    def _visiontok_dense(self: Any, pairs: Any, indices: Any, state: TokenState | None, fill: Any) -> list[Tensor]:
-        from timm.models._features import feature_take_indices
-
-        spatial = [y for y, _ in pairs]
-        if state is None:
-            return spatial
-        layers, _ = feature_take_indices(len(self.blocks), indices)
-        skip = self.num_prefix_tokens
-        # The prefix is in no feature map, but the way back is over the whole sequence.
-        whole = [y if skip == 0 else torch.cat((lead, y), dim=1) for y, lead in pairs]
-        return [state.restore_at(layer, y, fill)[:, skip:] for layer, y in zip(layers, whole)]
-
 
 class TimmViT(Backbone):
-    """timm VisionTransformer with Block, ResPostBlock or ParallelThingsBlock."""
+    """timm VisionTransformer with any of the blocks and attentions that timm has for it.
+
+    A parallel block has no point between attention and MLP: there, what acts at MID acts after their sum.
+    """
 
     name = "timm_vit"
     library = "timm"
@@ -275,7 +143,7 @@ class TimmViT(Backbone):
         return model.embed_dim
 
     def heads(self, model: Any) -> int:
-        return _attentions(model.blocks[0])[0].num_heads
+        return (_attentions(model.blocks[0]) or model.blocks)[0].num_heads
 
     def classes(self, model: Any) -> int:
         return model.num_classes
@@ -288,25 +156,27 @@ class TimmViT(Backbone):
         return model.in_chans if hasattr(model, "in_chans") else 3, int(height), int(width)
 
     def signals(self, model: Any, site: Site) -> frozenset[Signal]:
-        tapped = all(_tappable(attn) for _, block in self.blocks(model) for attn in _attentions(block))
-        have = self.provides[site] if tapped else self.provides[site] - ATTENTION
+        have = self.provides[site]
+        for _, block in self.blocks(model):
+            for mixin in [_attention(attn) for attn in _attentions(block)] or [_mixin(block)]:
+                have -= ATTENTION - getattr(mixin, "_visiontok_offers", frozenset())
         return have if model.num_prefix_tokens else have - {Signal.ATTN_PREFIX}
 
     def check(self, model: Any, site: Site) -> None:
         for path, block in self.blocks(model):
             if _mixin(block) is None:
+                known = ", ".join(name.rpartition(".")[2] for name in _BLOCKS)
                 raise IncompatibleError(
-                    f"{path} is a {type(block).__name__}, which has no point between attention and MLP; visiontok runs "
-                    "Block, ResPostBlock and ParallelThingsBlock of timm."
+                    f"{path} is a {type(block).__name__} with a forward of its own; visiontok runs the blocks {known} "
+                    "of timm."
                 )
 
     def swaps(self, model: Any) -> list[Swap]:
         swaps = [Swap("", model, PatchedViT)]
         for path, block in self.blocks(model):
-            mixin = _mixin(block)
-            if mixin is not None:
-                swaps.append(Swap(path, block, mixin))
-            swaps += [Swap(f"{path} attention", a, PatchedAttention) for a in _attentions(block) if _tappable(a)]
+            mixins = [(path, block, _mixin(block))]
+            mixins += [(f"{path} attention", attn, _attention(attn)) for attn in _attentions(block)]
+            swaps += [Swap(where, module, mixin) for where, module, mixin in mixins if mixin is not None]
         norms = [(name, getattr(model, name)) for name in ("norm", "norm_pre")]
         return swaps + [Swap(name, norm, PatchedNorm) for name, norm in norms if not isinstance(norm, nn.Identity)]
 
@@ -329,7 +199,10 @@ class TimmViT(Backbone):
             "res_post": {"block_fn": vit.ResPostBlock, "init_values": 0.1},
             "parallel_things": {"block_fn": vit.ParallelThingsBlock, "init_values": 0.1},
             "dynamic": {"dynamic_img_size": True, "pre_norm": True},
+            "parallel_scaling": {"block_fn": vit.ParallelScalingBlock, "init_values": 0.1},
         }
+        if hasattr(vit, "DiffAttention"):
+            variants["diff"] = {"attn_layer": "diff"}
         made: dict[str, tuple[nn.Module, Tensor]] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -345,18 +218,19 @@ class TimmViT(Backbone):
 
 
 def _mixin(block: Any) -> type | None:
-    paths = class_paths(block)
-    known = {_BLOCK: _PreNormBlock, _RES_POST: _ResPostBlock, _PARALLEL_THINGS: _ParallelThingsBlock}
-    path = next((path for path in paths if path in known), None)
+    path = next((path for path in class_paths(block) if path in _BLOCKS), None)
     # A subclass with a forward of its own may do anything there; running ours instead would be silently wrong.
     own = own_class(block).forward
-    return known[path] if path is not None and f"{own.__module__}.{own.__qualname__}" == f"{path}.forward" else None
+    return _BLOCKS[path] if path is not None and f"{own.__module__}.{own.__qualname__}" == f"{path}.forward" else None
 
 
 def _attentions(block: Any) -> list[Any]:
-    return [branch.attn for branch in block.attns] if hasattr(block, "attns") else [block.attn]
+    if hasattr(block, "attns"):
+        return [branch.attn for branch in block.attns]
+    # A parallel block is its own attention.
+    return [block.attn] if hasattr(block, "attn") else []
 
 
-def _tappable(attn: Any) -> bool:
+def _attention(attn: Any) -> type | None:
     own = own_class(attn).forward
-    return f"{own.__module__}.{own.__qualname__}" in _ATTENTION_FORWARDS
+    return _ATTENTIONS.get(f"{own.__module__}.{own.__qualname__}")
