@@ -6,6 +6,7 @@ silently substituted neighbour biases the accuracy.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -64,18 +65,38 @@ def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, max_b
             raise UnreadableImageError("not a regular file")
         if not 0 < status.st_size <= max_bytes:
             raise UnreadableImageError("empty file" if status.st_size == 0 else f"{status.st_size} bytes is too large")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.width * image.height > max_pixels:
-                    raise UnreadableImageError(f"{image.width}x{image.height} exceeds {max_pixels} pixels")
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+        return _decode(path, max_pixels)
     except UnreadableImageError as error:
         raise UnreadableImageError(f"{os.fspath(path)}: {error}") from None
     except Exception as error:
         # Pillow's decoders raise whatever they like on damaged files (OSError, SyntaxError, struct.error, ...).
         raise UnreadableImageError(f"{os.fspath(path)}: {type(error).__name__}: {error}") from error
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
+    """`open_image` for bytes; `name` is what the error calls them.
+
+    Raises:
+        UnreadableImageError: as `open_image`.
+    """
+    try:
+        if not 0 < len(data) <= max_bytes:
+            raise UnreadableImageError("empty file" if not data else f"{len(data)} bytes is too large")
+        return _decode(io.BytesIO(data), max_pixels)
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{name}: {error}") from None
+    except Exception as error:
+        raise UnreadableImageError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _decode(source: Any, max_pixels: int) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(source) as image:
+            if image.width * image.height > max_pixels:
+                raise UnreadableImageError(f"{image.width}x{image.height} exceeds {max_pixels} pixels")
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -120,7 +141,7 @@ class FolderDataset(Dataset[Any]):
         self.items = [(path, index[name]) for name in folders for path in _images(self.root / name)]
         if not self.items:
             raise ParameterError(f"{self.root}: no image ({', '.join(EXTENSIONS)}) in {len(folders)} class folder(s)")
-        self.items = [self.items[number] for number in _evenly(len(self.items), max_images)]
+        self.items = [self.items[number] for number in evenly(len(self.items), max_images)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -137,7 +158,7 @@ class ArrayDataset(Dataset[Any]):
     """Images that are in memory already: `(N, C, H, W)` floats and `(N,)` targets."""
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor, max_images: int | None = None) -> None:
-        chosen = _evenly(len(targets), max_images)
+        chosen = evenly(len(targets), max_images)
         self.images, self.targets = images[chosen], targets[chosen]
 
     def __len__(self) -> int:
@@ -207,7 +228,8 @@ def class_names(folder: Path, num_classes: int, class_map: str | os.PathLike[str
     return names
 
 
-def _evenly(count: int, wanted: int | None) -> list[int]:
+def evenly(count: int, wanted: int | None) -> list[int]:
+    """`wanted` evenly spaced numbers below `count`; all of them where `wanted` is None or too many."""
     if wanted is None or wanted >= count:
         return list(range(count))
     return [number * count // wanted for number in range(wanted)]

@@ -12,10 +12,22 @@ from typing import TYPE_CHECKING, Any
 from visiontok.errors import ParameterError
 
 if TYPE_CHECKING:
+    from visiontok.bench.clip_trial import ClipSpec
     from visiontok.bench.results import TrialSpec
     from visiontok.core.recipe import Recipe
 
 BUDGETS = ("r", "keep", "gflops", "tokens")
+TASKS = ("classify", "zeroshot", "retrieval")
+TOWERS = ("visual", "text", "both")
+# Which of the flags of `add_clip`, and of those of the data, mean something for which tasks.
+_FOR_TASKS = {
+    "tower": TASKS[1:],
+    "class_names": ("zeroshot",),
+    "templates": ("zeroshot",),
+    "csv_img_key": ("retrieval",),
+    "csv_caption_key": ("retrieval",),
+    "class_map": ("classify",),
+}
 _MAX_LITERAL = 4096
 _WORDS = {"true": True, "false": False, "none": None}
 _BUDGET_HELP = {
@@ -78,16 +90,26 @@ def literal(raw: str) -> Any:
     return value
 
 
-def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """`-m --pretrained --checkpoint --img-size --input-size`."""
+def add_model(parser: argparse.ArgumentParser, *, several: bool = False, clip: bool = False) -> None:
+    """`-m --pretrained --checkpoint --img-size --input-size`; `clip` adds the models of `add_clip` and their tags."""
     group = parser.add_argument_group("model")
     name_help = "tiny_vit (default, embedded and trained), a timm name, or torchvision/NAME"
+    if clip:
+        name_help += "; for zeroshot and retrieval tiny_clip (default), an open_clip name, hf-hub:OWNER/NAME or hf:DIR"
     if several:
         group.add_argument("-m", "--model", nargs="+", metavar="NAME", help=name_help)
         group.add_argument("--model-list", metavar="FILE", help="file with one model name per line")
     else:
         group.add_argument("-m", "--model", metavar="NAME", help=name_help)
-    group.add_argument("--pretrained", action="store_true", help="load the pretrained weights of timm or torchvision")
+    if clip:
+        group.add_argument(
+            "--pretrained", nargs="?", const=True, default=False, metavar="TAG",
+            help="load the pretrained weights of timm or torchvision, or open_clip's of that tag",
+        )  # fmt: skip
+    else:
+        group.add_argument(
+            "--pretrained", action="store_true", help="load the pretrained weights of timm or torchvision"
+        )
     group.add_argument("--checkpoint", metavar="FILE", help="load these weights (.safetensors, or tensors-only .pth)")
     group.add_argument("--img-size", type=positive, metavar="N", help="square input size, None for the model's own")
     group.add_argument("--input-size", type=positive, nargs=3, metavar=("C", "H", "W"), help="full input size")
@@ -122,6 +144,23 @@ def add_data(parser: argparse.ArgumentParser, *, loaders: str = "--workers") -> 
         "--max-failed", type=natural, default=0, metavar="N", help="unreadable images to accept (default: 0)"
     )
     group.add_argument("-j", loaders, dest="load_workers", type=natural, default=0, help="image loading processes")
+
+
+def add_clip(parser: argparse.ArgumentParser) -> None:
+    """`--task --tower --class-names --templates --csv-img-key --csv-caption-key`."""
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", choices=TASKS, default="classify", help="classify (default), zeroshot or retrieval")
+    group.add_argument("--tower", choices=TOWERS, help="encoder to reduce (visual)")
+    group.add_argument(
+        "--class-names", metavar="FILE", help="names in the sorted order of the class folders: lines, or a JSON list"
+    )
+    group.add_argument(
+        "--templates",
+        metavar="T",
+        help="prompts: openai (default), simple, or a file with one per line",
+    )
+    group.add_argument("--csv-img-key", metavar="COLUMN", help="column of image paths (default: found by its name)")
+    group.add_argument("--csv-caption-key", metavar="COLUMN", help="column of captions (default: found by its name)")
 
 
 def add_run(parser: argparse.ArgumentParser, *, batch: int = 32, warm: int = 10, rounds: int = 40) -> None:
@@ -178,6 +217,57 @@ def spec(args: argparse.Namespace, **fields: Any) -> TrialSpec:
     if "reducer" not in fields:
         fields["reducer"], fields["params"] = reduction(args, recipe)
     return TrialSpec(model=name, **(common(args, name) | fields))
+
+
+def clip_spec(args: argparse.Namespace) -> ClipSpec:
+    """The trial of `--task zeroshot` or `retrieval` that the flags describe.
+
+    Raises:
+        ParameterError: there is no data for this model.
+    """
+    from visiontok.bench.clip_models import DEFAULT_CLIP
+    from visiontok.bench.clip_trial import SCENES, ClipSpec
+
+    recipe = load_recipe(args)
+    name = args.model or (recipe.model if recipe is not None else DEFAULT_CLIP)
+    reducer, params = reduction(args, recipe)
+    tagged = isinstance(args.pretrained, str)
+    values = common(args, name) | {"pretrained": bool(args.pretrained), "tag": args.pretrained if tagged else None}
+    values["data"] = args.data_dir or (SCENES if name == DEFAULT_CLIP else "none")
+    values["split"] = args.split or ("test" if values["data"] == SCENES else "validation")
+    if values["data"] == "none":
+        wanted = {"zeroshot": "a folder of class folders", "retrieval": "a .csv of images and captions, or a .tar"}
+        raise ParameterError(f"{name} needs data; pass {wanted[args.task]} with --data-dir")
+    return ClipSpec(
+        model=name,
+        reducer=reducer,
+        params=params,
+        timing=False,
+        task=args.task,
+        tower=args.tower or "visual",
+        templates=args.templates,
+        class_names=args.class_names,
+        csv_img_key=args.csv_img_key,
+        csv_caption_key=args.csv_caption_key,
+        **values,
+    )
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Refuses flags that mean nothing for the task.
+
+    Raises:
+        ParameterError: there is one.
+    """
+    for name, tasks in _FOR_TASKS.items():
+        if getattr(args, name) is not None and args.task not in tasks:
+            flag = name.replace("_", "-")
+            raise ParameterError(f"--{flag} is for --task {' or '.join(tasks)}, not for {args.task}")
+    if args.task == "classify" and isinstance(args.pretrained, str):
+        raise ParameterError(
+            f"--pretrained '{args.pretrained}' is a tag of open_clip, for --task zeroshot or retrieval; "
+            "timm's is a part of the name: -m NAME.TAG --pretrained"
+        )
 
 
 def common(args: argparse.Namespace, name: str) -> dict[str, Any]:
