@@ -23,6 +23,7 @@ from conformance_matrix import (
     same,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import visiontok as vt
 from visiontok import backbones
@@ -68,6 +69,13 @@ def adds(red: Any) -> bool:
 
 def ragged(red: Any) -> bool:
     return any(part.ragged for reducer in red.reducers for part in reducer.parts())
+
+
+def comparable(red: Any, a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Without the token sequences of ragged reducers, which are as long as the longest of the batch."""
+    pairs = [(x, y) for x, y in zip(a, b) if not ragged(red) or x.shape == y.shape]
+    assert pairs
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def check_tokens(red: Any) -> None:
@@ -225,7 +233,7 @@ def test_c7_the_batch_split_does_not_matter(case: Case) -> None:
         for i in range(3):
             alone = run(red.model, rows(whole, [i]))
             assert all(torch.equal(step.origin, per_sample(o, 3)[i]) for step, o in zip(red.trace, origins))
-            close(alone, [y[i : i + 1] for y in together])
+            close(*comparable(red, alone, [y[i : i + 1] for y in together]))
 
 
 def test_c8_samples_may_be_permuted(case: Case) -> None:
@@ -257,6 +265,8 @@ def test_c9_the_same_bits_twice_and_no_thread_dependence(case: Case) -> None:
 
 def test_c10_nan_in_one_sample_stays_there(case: Case) -> None:
     clean = batch(case, 3)
+    if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(clean)):
+        pytest.skip(f"{case.variant} takes no numbers that could be NaN")
     with case.patched(double=True) as red:
         expected = run(red.model, clean)
         origins = [step.origin for step in red.trace]
@@ -264,7 +274,7 @@ def test_c10_nan_in_one_sample_stays_there(case: Case) -> None:
         assert any(y[0].isnan().any() for y in found)
         if ragged(red):
             # The length of the batch, and with it the order of sums, may change; the values may not.
-            close([y[1:] for y in found], [y[1:] for y in expected], 1e-12)
+            close(*comparable(red, [y[1:] for y in found], [y[1:] for y in expected]), 1e-12)
         else:
             assert same([y[1:] for y in found], [y[1:] for y in expected])
         for step, origin in zip(red.trace, origins):
@@ -296,10 +306,12 @@ def test_c12_gather_restore_gives_full_length_features(case: Case) -> None:
             pytest.skip(f"{case.variant} has no forward_features")
         x = batch(case, 2)
         features = red.model.forward_features(x)
-        assert features.shape[1] == red.plan.length
+        # A class token may join behind the blocks.
+        whole = example(case.variant)[0].forward_features(case.inputs).shape[1]
+        assert features.shape[1] == whole
         if red.trace and all(step.map.back is None and step.map.soft is None for step in red.trace):
             slot = red.trace[-1].origin[:, red.plan.prefix :]
-            kept = features[:, red.plan.prefix :]
+            kept = features[:, whole - red.plan.length + red.plan.prefix :]
             for b in range(2):
                 for k in slot[b].unique().tolist():
                     members = kept[b][slot[b] == k]

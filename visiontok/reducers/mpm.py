@@ -119,5 +119,7 @@ def neighbours(rows: Tensor, live: Tensor | None = None) -> tuple[Tensor, Tensor
     # Exactly symmetric, or rounding could close a ring of nearest neighbours.
     cosine = (cosine + cosine.transpose(1, 2)).nan_to_num(nan=0.0) / 2
     itself = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
-    best = cosine.masked_fill(itself if live is None else itself | ~live.unsqueeze(1), -2).max(dim=-1)
+    cosine = cosine if live is None else cosine.masked_fill(~live.unsqueeze(1), -2)
+    # Lower than padding: among padding only, a token that was its own neighbour would lead nowhere.
+    best = cosine.masked_fill(itself, -3).max(dim=-1)
     return best.values, best.indices
