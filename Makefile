@@ -10,15 +10,15 @@ run: $(VENV)/.ready-run
 	$(BIN)/visiontok sweep
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 # Every reducer on every variant of every backbone.
 test-all: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -q -m "full or not full"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m "full or not full"
 
 # The oldest supported versions, in an environment of their own.
 test-oldest: $(VENV)-oldest/.ready
-	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist loadgroup -q
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

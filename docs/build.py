@@ -8,6 +8,7 @@ python docs/build.py --check    # exit 1 if something is out of date
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -98,7 +99,12 @@ def compatibility() -> str:
     lines += [f"| reducer | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name in names:
         lines.append(f"| `{name}` | {' | '.join('yes' if cell[name, c]['ok'] else '-' for c in columns)} |")
-    missing = [f"- `{r['reducer']}` on `{r['backbone']}`: {r['reason']}" for r in rows if not r["ok"]]
+    why: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if not row["ok"]:
+            reason = re.sub(rf"\b{row['reducer']}\b", "the reducer", row["reason"])
+            why.setdefault((row["backbone"], reason), []).append(f"`{row['reducer']}`")
+    missing = [f"- `{backbone}`, {', '.join(names)}: {reason}" for (backbone, reason), names in sorted(why.items())]
     return "\n".join([*lines, "", *missing]).rstrip() + "\n"
 
 

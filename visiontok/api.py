@@ -23,7 +23,7 @@ from visiontok.errors import (
     NotPatchedError,
     ParameterError,
 )
-from visiontok.finding import find_towers, resolve_target, unwrapped
+from visiontok.finding import TOWERS, resolve_target, unwrapped
 
 __all__ = [
     "compatibility",
@@ -129,7 +129,7 @@ def _patch_towers(
             raise ParameterError("a dict of reducers names its towers and parameters itself; give neither beside it.")
         chosen = {name: _resolve(item if isinstance(item, list) else [item], {}) for name, item in reducer.items()}
     else:
-        chosen = {name: _resolve(reducer, params) for name in find_towers(model)}
+        chosen = {name: _resolve(reducer, params) for name in TOWERS}
     if not chosen:
         raise ParameterError("the dict of reducers is empty.")
     done: dict[str, Reduction] = {}

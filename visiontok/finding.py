@@ -16,6 +16,8 @@ __all__ = ["TOWERS", "Target", "find_towers", "resolve_target", "unwrapped"]
 
 TOWERS = ("visual", "text")
 
+# What models with a visual and a text tower have.
+_ENCODE_IMAGE = ("encode_image", "get_image_features")
 _WINDOWS = (
     "its blocks attend in shifted windows of a fixed size and its stages merge patches 2 x 2, so every token needs its "
     "place in a full grid"
@@ -63,18 +65,18 @@ def resolve_target(model: Any, tower: str | None = None) -> tuple[nn.Module, Bac
     if tower not in (None, *TOWERS):
         raise ParameterError(f"tower must be 'visual' or 'text', got {tower!r}.")
     towers = find_towers(model)
-    if tower is None and "visual" not in towers:
-        refused = _refused(unwrapped(model))
-        if refused is not None:
-            raise refused
+    inner = unwrapped(model)
+    name = type(inner).__name__
+    if tower is None and "visual" not in towers and any(hasattr(inner, method) for method in _ENCODE_IMAGE):
+        raise _refused(inner) or IncompatibleError(
+            f"the visual tower of {name} is of no known family, nothing was patched; tower='text' patches the other."
+        )
     wanted = tower or next(iter(towers))
     if wanted not in towers:
-        has = ", ".join(towers)
-        raise ParameterError(f"{type(unwrapped(model)).__name__} has no {wanted} tower to patch; it has: {has}.")
+        raise ParameterError(f"{name} has no {wanted} tower that can be patched; it has: {', '.join(towers)}.")
     hits = towers[wanted]
     if len(hits) > 1:
         paths = ", ".join(hit.path for hit in hits)
-        name = type(unwrapped(model)).__name__
         raise NothingPatchedError(f"{name} holds several models that could be patched ({paths}); pass one of them.")
     return hits[0].module, hits[0].backbone
 
@@ -87,8 +89,13 @@ def find_towers(model: Any) -> dict[str, list[Target]]:
     """
     model = unwrapped(model)
     towers: dict[str, list[Target]] = {}
+    # Families are of classes, and a model has few of them.
+    seen: dict[type, Backbone | None] = {}
     for path, module in model.named_modules():
-        backbone = backbones.find(module)
+        kind = type(module)
+        if kind not in seen:
+            seen[kind] = backbones.find(module)
+        backbone = seen[kind]
         if backbone is None:
             continue
         held = towers.setdefault(backbone.tower, [])

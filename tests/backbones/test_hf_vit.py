@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_models import tiny
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import visiontok as vt
 from visiontok import backbones
-from visiontok.backbones.hf_examples import tiny
 from visiontok.backbones.hf_vit import clip_vision_keys
 from visiontok.errors import IncompatibleError, ParameterError
 from visiontok.ops.attention import fold_bias

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_models import tiny
 from PIL import Image
 from torch import Tensor, nn
 
 import visiontok as vt
-from visiontok.backbones.hf_examples import tiny
 from visiontok.errors import StateLostError
 
 OPTIONS: dict[str, Any] = {"num_labels": 3}

@@ -89,10 +89,11 @@ def example(variant: Variant) -> tuple[nn.Module, Any]:
 
 
 @functools.cache
-def cases() -> tuple[tuple[Case, bool], ...]:
-    """Every case that `supports` says fits, and whether it belongs to the default run.
+def cases() -> tuple[tuple[Case, str], ...]:
+    """Every case that `supports` says fits, and how much of it the default run takes: `all`, `brief` or `none`.
 
-    Default: each reducer on two backbones, each backbone with at least three reducers, each variant with one.
+    All of each reducer on two backbones, and of each backbone with at least three reducers; in brief, each variant that
+    is not among these with one reducer.
     """
     names = vt.list_reducers()
     fits = {
@@ -103,6 +104,7 @@ def cases() -> tuple[tuple[Case, bool], ...]:
         for backbone in vt.list_backbones()
     }
     chosen: set[tuple[str, Variant]] = set()
+    brief: set[tuple[str, Variant]] = set()
     for place, name in enumerate(names):
         homes = [(backbone, [v for v, fitting in table.items() if name in fitting]) for backbone, table in fits.items()]
         homes = [(backbone, variants) for backbone, variants in homes if variants]
@@ -111,14 +113,15 @@ def cases() -> tuple[tuple[Case, bool], ...]:
             variants = homes[(place + turn) % len(homes)][1]
             chosen.add((name, variants[place % len(variants)]))
     for table in fits.values():
-        for row, (variant, fitting) in enumerate(table.items()):
-            missing = not any(at == variant for _, at in chosen)
-            chosen |= {(fitting[row % len(fitting)], variant)} if missing and fitting else set()
         first = next(iter(table))
         have = {name for name, at in chosen if at in table}
         chosen |= {(name, first) for name in [n for n in table[first] if n not in have][: max(0, 3 - len(have))]}
+        for row, (variant, fitting) in enumerate(table.items()):
+            missing = not any(at == variant for _, at in chosen)
+            brief |= {(fitting[row % len(fitting)], variant)} if missing and fitting else set()
     every = [(name, variant) for table in fits.values() for variant, fitting in table.items() for name in fitting]
-    return tuple((Case(name, variant), (name, variant) in chosen) for name, variant in every)
+    level = {**dict.fromkeys(brief, "brief"), **dict.fromkeys(chosen, "all")}
+    return tuple((Case(*pair), level.get(pair, "none")) for pair in every)
 
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:

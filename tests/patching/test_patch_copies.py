@@ -146,7 +146,6 @@ def spawned() -> dict[str, Any]:
     return {**answer, "expected": (reduced, plain)}
 
 
-@pytest.mark.xdist_group("spawned")
 def test_p6_a_spawned_process_runs_and_unpatches_the_model(spawned: dict[str, Any]) -> None:
     reduced, plain = spawned["expected"]
     torch.testing.assert_close(torch.tensor(spawned["reduced"]), torch.tensor(reduced))
@@ -154,7 +153,6 @@ def test_p6_a_spawned_process_runs_and_unpatches_the_model(spawned: dict[str, An
     assert reduced != plain
 
 
-@pytest.mark.xdist_group("spawned")
 def test_p14_importing_and_using_visiontok_changes_no_global(spawned: dict[str, Any]) -> None:
     assert spawned["changed"] == []
     assert spawned["switches"] == []

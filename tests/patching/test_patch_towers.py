@@ -39,12 +39,13 @@ def pair(vit: nn.Module, make_vit: Any, monkeypatch: pytest.MonkeyPatch) -> Pair
         name = "text"
         tower = "text"
 
-        def matches(self, model: nn.Module) -> bool:
-            return model is both.text
+    class TextViT(type(vit)):  # type: ignore[misc]
+        pass
 
     both = Pair(vit, make_vit(depth=2))
+    both.text.__class__ = TextViT
     real = backbones.find
-    monkeypatch.setattr(backbones, "find", lambda m: Text() if m is both.text else real(m))
+    monkeypatch.setattr(backbones, "find", lambda m: Text() if isinstance(m, TextViT) else real(m))
     return both
 
 
@@ -112,7 +113,7 @@ def test_towers_are_checked(pair: Pair, reducer: Any, options: dict[str, Any], m
 
 
 def test_a_model_without_that_tower(vit: nn.Module) -> None:
-    with pytest.raises(ParameterError, match="VisionTransformer has no text tower to patch; it has: visual"):
+    with pytest.raises(ParameterError, match="VisionTransformer has no text tower that can be patched; it has: visual"):
         vt.patch(vit, "tome", r=2, tower="text")
 
 
@@ -131,3 +132,20 @@ def test_windowed_models_are_refused_with_the_reason(wrapped: bool) -> None:
     with pytest.raises(IncompatibleError, match="cannot be patched: its blocks attend in shifted windows"):
         vt.patch(model, "tome", r=2)
     assert "shifted windows" in vt.supports("cubist", model).reason
+
+
+@pytest.mark.parametrize("tower", [None, "both"])
+def test_a_tower_that_cannot_be_patched_is_never_left_out_silently(tower: str | None) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 2}
+    clip = open_clip.CLIP(8, {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}, text)
+    error, said = (IncompatibleError, "visual .ModifiedResNet. cannot be patched") if tower is None else (
+        ParameterError, "CLIP has no visual tower"
+    )  # fmt: skip
+    with pytest.raises(error, match=said):
+        vt.patch(clip, "tome", r=2, tower=tower)
+    clip.visual = nn.Conv2d(3, 8, 32)
+    if tower is None:
+        with pytest.raises(IncompatibleError, match="visual tower of CLIP is of no known family"):
+            vt.patch(clip, "tome", r=2)
+    assert vt.patch(clip, "tome", r=2, tower="text").unpatch() is clip

@@ -12,26 +12,20 @@ import torch.multiprocessing as mp
 from distributed_child import CASES, reference, run
 from reliability_support import assert_same
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
-    # One xdist worker, so that the processes start once.
-    pytest.mark.xdist_group("distributed"),
-]
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Both ranks' results; all cases share the same two processes, whose imports cost more than the cases."""
-    folder = tmp_path_factory.mktemp("distributed")
-    mp.spawn(run, args=(str(folder),), nprocs=2, join=True)
-    return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+def test_every_case(tmp_path: Path) -> None:
+    # One test, because all cases share the same two processes, whose imports cost more than the cases.
+    mp.spawn(run, args=(str(tmp_path),), nprocs=2, join=True)
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for case in CASES:
+        check(case, [result[case] for result in results])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_case(case: str, results: list[dict[str, Any]]) -> None:
-    both = [result[case] for result in results]
+def check(case: str, both: list[dict[str, Any]]) -> None:
     for rank, outcome in enumerate(both):
-        assert "error" not in outcome, f"rank {rank}: {outcome['error']}"
+        assert "error" not in outcome, f"{case}, rank {rank}: {outcome['error']}"
     grads, logits = reference()
     for outcome in both:
         if "grads" in outcome:

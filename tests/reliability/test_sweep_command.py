@@ -16,8 +16,6 @@ from visiontok.cli import main
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
-# One worker, so that the finished sweep is made once.
-pytestmark = pytest.mark.xdist_group("sweep")
 QUICK = ["--max-images", "20", "--num-warm-iter", "1", "--num-bench-iter", "2", "-b", "10"]
 FIXED = ("trial_key", "role", "reducer", "budget", "tokens", "gmacs", "top1", "top5", "delta", "n_images", "agreement")
 

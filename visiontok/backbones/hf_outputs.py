@@ -114,7 +114,8 @@ class PatchedModel:
     def _visiontok_present(self: Any, outputs: Any) -> None:
         fill = _fill(_layers(self)[0]._visiontok, self._visiontok_needs)
         # Recomputation starts from the very tensors that layers were given.
-        reused = torch.compiler.is_compiling() or (self.training and self.is_gradient_checkpointing)
+        checkpointed = self.training and getattr(_layers(self)[0], "gradient_checkpointing", False)
+        reused = torch.compiler.is_compiling() or checkpointed
         state = state_of(outputs["last_hidden_state"]) if "last_hidden_state" in outputs else None
         if outputs.get("hidden_states") is not None:
             shown = [h if h is None else _shown(h, fill, reused) for h in outputs["hidden_states"]]

@@ -233,7 +233,7 @@ class ClipSubject:
             images = flops.meta_input(ghost.model, found.input_size)
             return flops.profile(ghost.encode_images, images).total / 1e9  # pyright: ignore[reportArgumentType]
         tokens = {name: ids.to("meta") for name, ids in found.tokens(["a"]).items()}
-        return flops.profile(ghost.encode_tokens, tokens).total / 1e9  # pyright: ignore[reportArgumentType]
+        return flops.profile(ghost.encode_tokens, (tokens,)).total / 1e9  # pyright: ignore[reportArgumentType]
 
     def _classes(self) -> tuple[Any, list[str], list[zeroshot.Template]]:
         spec = self.spec

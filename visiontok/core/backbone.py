@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -42,7 +43,12 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def class_paths(module: nn.Module) -> list[str]:
     """`module.qualname` of every class in the MRO of the module's own class, most derived first."""
-    return [f"{cls.__module__}.{cls.__qualname__}" for cls in own_class(module).__mro__]
+    return list(_paths(own_class(module)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _paths(cls: type) -> tuple[str, ...]:
+    return tuple(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
 
 
 class Backbone(ABC):
