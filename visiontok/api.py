@@ -201,9 +201,13 @@ def compatibility() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for cls in backbones.registry.classes():
         backbone = cls()
-        model, _ = backbone.example()
+        try:
+            model: nn.Module | None = backbone.example()[0]
+        except ImportError:
+            model = None
         for name in list_reducers():
-            fits = support(reducers.create(name), backbone, model)
+            missing = Support(False, f"{backbone.library} is not installed.")
+            fits = missing if model is None else support(reducers.create(name), backbone, model)
             rows.append({"reducer": name, "backbone": backbone.name, "ok": fits.ok, "reason": fits.reason})
     return rows
 

@@ -149,3 +149,17 @@ def test_a_tower_that_cannot_be_patched_is_never_left_out_silently(tower: str | 
         with pytest.raises(IncompatibleError, match="visual tower of CLIP is of no known family"):
             vt.patch(clip, "tome", r=2)
     assert vt.patch(clip, "tome", r=2, tower="text").unpatch() is clip
+
+
+def test_compatibility_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from visiontok import backbones
+    from visiontok.backbones.open_clip import OpenClip
+
+    def absent(self: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'open_clip'")
+
+    monkeypatch.setattr(backbones.registry, "classes", lambda: [OpenClip])
+    monkeypatch.setattr(OpenClip, "example", absent)
+    rows = vt.compatibility()
+    assert [row["reducer"] for row in rows] == vt.list_reducers()
+    assert {row["reason"] for row in rows} == {"open_clip is not installed."}

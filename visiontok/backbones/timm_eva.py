@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontok.backbones.timm_blocks import PatchedNorm, mix
-from visiontok.backbones.timm_vit import PatchedViT
-from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
+from visiontok.backbones.timm_vit import PatchedViT, TimmViT
+from visiontok.core.backbone import Swap, class_paths, own_class
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
 from visiontok.core.runtime import Stage, hint_grid, state_of
 from visiontok.core.signals import ATTENTION, Offers, Signal, Site
@@ -27,8 +27,6 @@ _POST_NORM = "timm.models.eva.EvaBlockPostNorm"
 _ATTENTION_FORWARDS = ("timm.models.eva.EvaAttention.forward", "timm.layers.attention.AttentionRope.forward")
 _ROPE = "timm.layers.pos_embed_sincos.RotaryEmbedding"
 _KINDS = ("Cat", "DinoV3", "Mixed", "MRope")
-
-_HAVE = frozenset({Signal.HIDDEN, Signal.GRID}) | ATTENTION
 
 
 class PatchedAttention:
@@ -252,44 +250,15 @@ def _bands(rope: Any) -> Tensor:
     return freq_bands(count, rope.temperature, step=1, device=device)
 
 
-class TimmEva(Backbone):
+class TimmEva(TimmViT):
     """timm Eva with EvaBlock or EvaBlockPostNorm."""
 
     name = "timm_eva"
-    library = "timm"
     hosts = ("timm.models.eva.Eva",)
     positional = True
-    provides: ClassVar[Mapping[Site, frozenset[Signal]]] = {
-        Site.MID: _HAVE,
-        Site.PRE: _HAVE,
-        Site.AROUND: _HAVE,
-        Site.HEAD: frozenset(),
-    }
-
-    def blocks(self, model: Any) -> list[Block]:
-        return [Block(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
-
-    def prefix(self, model: Any) -> int:
-        return model.num_prefix_tokens
-
-    def length(self, model: Any) -> int:
-        return model.patch_embed.num_patches + model.num_prefix_tokens
-
-    def grid(self, model: Any) -> tuple[int, int] | None:
-        height, width = model.patch_embed.grid_size
-        return int(height), int(width)
-
-    def width(self, model: Any) -> int:
-        return model.embed_dim
 
     def heads(self, model: Any) -> int:
         return model.blocks[0].attn.num_heads
-
-    def classes(self, model: Any) -> int:
-        return model.num_classes
-
-    def class_token(self, model: Any) -> Tensor | None:
-        return model.cls_token
 
     def aid(self, model: Any, index: int) -> nn.Module | None:
         return model.rope
