@@ -74,7 +74,9 @@ def oracle(model: nn.Module, tokens: Sequence[int], site: str = "MID") -> nn.Mod
         raise ParameterError(f"the oracle slices at {' or '.join(SITES)}, not at '{site}'")
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential):
-        raise IncompatibleError(f"{type(model).__name__} has no `blocks`: the oracle knows timm's VisionTransformer")
+        raise IncompatibleError(
+            f"{type(model).__name__} has no `blocks` in a Sequential; the oracle runs those of timm's VisionTransformer"
+        )
     if len(tokens) != len(blocks):
         raise ParameterError(f"{len(tokens)} token counts were given for {len(blocks)} blocks")
     shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
