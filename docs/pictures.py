@@ -1,4 +1,4 @@
-"""Draws the pictures of the README: `python docs/pictures.py`."""
+"""Draws the pictures of the README and of clip.md: `python docs/pictures.py`."""
 
 from __future__ import annotations
 
@@ -37,9 +37,29 @@ def photo_strip() -> Image.Image:
         return token_strip(photo, [step for step in reduction.trace if step.layer in (2, 5, 8, 11)])
 
 
+def scene_strips() -> list[Image.Image]:
+    """The embedded CLIP's visual tower on scenes that it never saw."""
+    from visiontok.bench.scenes import fixed_scenes
+    from visiontok.models.tiny_clip import normalize, tiny_clip
+
+    model, pixels = tiny_clip(), fixed_scenes().images[:3]
+    strips = []
+    with vt.patched(model, "tome", r=9, trace=True) as reduction, torch.inference_mode():
+        for image in pixels:
+            model.encode_image(normalize(image).unsqueeze(0))  # pyright: ignore[reportCallIssue]
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            strips.append(token_strip(picture, [step for step in reduction.trace if step.layer in (0, 2, 4, 5)]))
+    return strips
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    strips = [photo_strip(), digit_strip()]
+    save([photo_strip(), digit_strip()], "token_map.png")
+    save(scene_strips(), "clip_scenes.png")
+
+
+def save(strips: list[Image.Image], name: str) -> None:
+    """Writes strips of one width below one another."""
     width = min(strip.width for strip in strips)
     heights = [round(strip.height * width / strip.width) for strip in strips]
     strips = [s.resize((width, height), Image.Resampling.LANCZOS) for s, height in zip(strips, heights)]
@@ -49,7 +69,7 @@ def main() -> None:
         sheet.paste(strip, (0, top))
         top += strip.height
     HERE.mkdir(exist_ok=True)
-    sheet.save(HERE / "token_map.png", optimize=True)
+    sheet.save(HERE / name, optimize=True)
 
 
 if __name__ == "__main__":
