@@ -187,8 +187,15 @@ def _followed(rope: Tensor | None, stage: Stage, state: TokenState) -> Tensor | 
     sin, cos = rope.chunk(2, dim=-1)
     # Training may have shifted and scaled the coordinates of the table: what an anchor has of that is exact, only the
     # way from there to the mean is that of the plain grid.
-    steps = sin.new_zeros(2, 1) if state.grid0 is None else rotary_steps(stage.aid, state.grid0, stage.layer)
-    return torch.cat(positions.rotary(sin, cos, steps), dim=-1)
+    steps = sin.new_zeros(2, sin.shape[-1])
+    steps = steps if state.grid0 is None else rotary_steps(stage.aid, state.grid0, stage.layer)
+    # Both channels of a pair turn alike, so one of them is enough to follow.
+    if _halved(stage.aid):
+        half = sin.shape[-1] // 2
+        sin, cos = positions.rotary(sin[..., :half], cos[..., :half], steps[..., :half])
+        return torch.cat((sin, sin, cos, cos), dim=-1)
+    sin, cos = positions.rotary(sin[..., ::2], cos[..., ::2], steps[..., ::2])
+    return torch.cat((sin, cos), dim=-1).repeat_interleave(2, dim=-1)
 
 
 def rotary_steps(rope: Any, grid: tuple[int, int], layer: int = 0) -> Tensor:
@@ -215,8 +222,12 @@ def rotary_steps(rope: Any, grid: tuple[int, int], layer: int = 0) -> Tensor:
         steps = torch.stack((torch.cat((first, none)), torch.cat((none, second))))
     # With "xy" the first coordinate is the column.
     steps = steps.flip(0) if rope.grid_indexing == "xy" else steps
-    half = getattr(rope, "rotate_half", kind == "MRope")
-    return torch.cat((steps, steps), dim=-1) if half else steps.repeat_interleave(2, dim=-1)
+    return torch.cat((steps, steps), dim=-1) if _halved(rope) else steps.repeat_interleave(2, dim=-1)
+
+
+def _halved(rope: Any) -> bool:
+    """Whether the two channels of a pair are half a head apart, and not side by side."""
+    return getattr(rope, "rotate_half", _rotary(rope) == "MRope")
 
 
 def _rotary(rope: Any) -> str | None:

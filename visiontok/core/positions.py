@@ -28,6 +28,7 @@ class Positions:
         grid: (h, w) of the other original tokens, or None.
         index: (B, N) int64 original token that stands for each token (its anchor's), -1 for one that joined later.
         coords: (B, N, 2) fp32 row and column in patches; None under `gather` and without a grid.
+        joined: Whether some tokens may have joined later.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Positions:
     grid: tuple[int, int] | None
     index: Tensor
     coords: Tensor | None = None
+    joined: bool = False
 
     @classmethod
     def initial(
@@ -56,13 +58,13 @@ class Positions:
         index, coords = self.index, self.coords
         if joined:
             index = torch.cat((index, index.new_full((index.shape[0], joined), -1)), dim=1)
-        index = merging.select(index, tm.kept)
+        moved = replace(self, index=merging.select(index, tm.kept), joined=self.joined or joined > 0)
         if coords is None:
-            return replace(self, index=index)
+            return moved
         if joined:
             coords = torch.cat((coords, coords.new_zeros(coords.shape[0], joined, 2)), dim=1)
             size = size if size is None else torch.cat((size, size.new_ones(size.shape[0], joined, 1)), dim=1)
-        return replace(self, index=index, coords=self._meant(tm, coords, size))
+        return replace(moved, coords=self._meant(tm, coords, size))
 
     def rotary(self, sin: Tensor, cos: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of a rotary embedding for the tokens behind the prefix.
@@ -81,7 +83,9 @@ class Positions:
             IncompatibleError: Rule `mean` without a patch grid.
         """
         index = self.index[:, self.lead :] - self.lead
-        sin, cos = ops.gather_rows(sin, index), ops.gather_rows(cos, index, 1.0)
+        # No angle: turned by nothing.
+        blanks = (0.0, 1.0) if self.joined else (None, None)
+        sin, cos = (ops.gather_rows(table, index, blank) for table, blank in zip((sin, cos), blanks))
         if self.rule == "gather":
             return sin, cos
         if self.coords is None:
@@ -89,7 +93,8 @@ class Positions:
                 "the tokens came without a patch grid (patch dropout?), so merged ones have no mean position; patch "
                 "with positions='gather'."
             )
-        away = (self.coords - self._anchors())[:, self.lead :].masked_fill((index < 0).unsqueeze(-1), 0)
+        away = (self.coords - self._anchors())[:, self.lead :]
+        away = away.masked_fill((index < 0).unsqueeze(-1), 0) if self.joined else away
         steps = steps.to(away.dtype)
         steps = (steps.unsqueeze(1) if steps.dim() == 2 else steps).unsqueeze(2)
         rows, columns = away[:, None, :, :1], away[:, None, :, 1:]
@@ -107,7 +112,7 @@ class Positions:
             never merged; 0 from and to one that joined later.
         """
         if self.rule == "gather":
-            return ops.gather_bias(table, self.index)
+            return ops.gather_bias(table, self.index, 0.0 if self.joined else None)
         return ops.mean_bias(table, slot.long(), self.index.shape[1])
 
     def to(self, device: torch.device) -> Positions:

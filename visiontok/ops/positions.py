@@ -10,13 +10,13 @@ from visiontok.ops.constants import wide_dtype, without_autocast
 __all__ = ["gather_bias", "gather_rows", "mean_bias", "turn"]
 
 
-def gather_rows(table: Tensor, index: Tensor, blank: float = 0.0) -> Tensor:
+def gather_rows(table: Tensor, index: Tensor, blank: float | None = None) -> Tensor:
     """Rows of a table for tokens that stand at `index`.
 
     Args:
         table: (N0, D), (H, N0, D) or (B, 1 | H, N0, D).
-        index: (B, N) int64 rows; -1 for a token without a position.
-        blank: What such a token gets.
+        index: (B, N) int64 rows.
+        blank: What a token without a position gets, which has row -1. None if there is none.
 
     Returns:
         (B, 1 | H, N, D).
@@ -24,8 +24,9 @@ def gather_rows(table: Tensor, index: Tensor, blank: float = 0.0) -> Tensor:
     table = table.view(*[1] * (4 - table.dim()), *table.shape)
     batch, heads, _, width = torch.broadcast_shapes(table.shape, (index.shape[0], 1, 1, 1))
     full = table.expand(batch, heads, -1, -1)
-    place = index.clamp_min(0)[:, None, :, None].expand(-1, heads, -1, width)
-    return full.gather(2, place).masked_fill((index < 0)[:, None, :, None], blank)
+    place = index if blank is None else index.clamp_min(0)
+    rows = full.gather(2, place[:, None, :, None].expand(-1, heads, -1, width))
+    return rows if blank is None else rows.masked_fill((index < 0)[:, None, :, None], blank)
 
 
 def turn(sin: Tensor, cos: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,21 +46,22 @@ def turn(sin: Tensor, cos: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return (a * rest + b * more).to(sin.dtype), (b * rest - a * more).to(cos.dtype)
 
 
-def gather_bias(table: Tensor, index: Tensor, blank: float = 0.0) -> Tensor:
+def gather_bias(table: Tensor, index: Tensor, blank: float | None = None) -> Tensor:
     """Rows and columns of a bias between tokens.
 
     Args:
         table: (N0, N0), (H, N0, N0) or (B, 1 | H, N0, N0).
-        index: (B, N) int64; -1 for a token without a position.
-        blank: Bias from and to such a token.
+        index: (B, N) int64.
+        blank: Bias from and to a token without a position, which has index -1. None if there is none.
 
     Returns:
         (B, 1 | H, N, N).
     """
     rows = gather_rows(table, index, blank)
     heads, length = rows.shape[1], rows.shape[2]
-    place = index.clamp_min(0)[:, None, None].expand(-1, heads, length, -1)
-    return rows.gather(3, place).masked_fill((index < 0)[:, None, None], blank)
+    place = index if blank is None else index.clamp_min(0)
+    found = rows.gather(3, place[:, None, None].expand(-1, heads, length, -1))
+    return found if blank is None else found.masked_fill((index < 0)[:, None, None], blank)
 
 
 def mean_bias(table: Tensor, slot: Tensor, num_slots: int) -> Tensor:
