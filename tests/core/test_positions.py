@@ -126,6 +126,22 @@ def test_biases_against_loops() -> None:
                 assert torch.equal(taken[b, :, i, j], bias[:, index[b, i], index[b, j]])
 
 
+def test_a_mean_bias_is_exact_under_autocast_and_has_gradients() -> None:
+    state, members = twice("mean")
+    assert state.positions is not None
+    bias = torch.randn(3, N0, N0, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = state.positions.bias(bias, state.origin)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, state.positions.bias(bias, state.origin), atol=0, rtol=0)
+    mean.sum().backward()
+    shares = bias.grad
+    assert shares is not None
+    for own in members[0]:
+        torch.testing.assert_close(shares[0, own].sum(), torch.tensor(6.0 + sum(
+            6 * len(set(own) & set(other)) / len(other) for other in members[1])))  # fmt: skip
+
+
 def test_tokens_that_join_have_no_position() -> None:
     x, state = opened("mean")
     assign = torch.arange(N0 + 1).expand(2, -1).clone()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visiontok.ops.constants import wide_dtype, without_autocast
+from visiontok.ops import merging
+from visiontok.ops.constants import wide_dtype
 
 __all__ = ["gather_bias", "gather_rows", "mean_bias", "turn"]
 
@@ -75,10 +76,14 @@ def mean_bias(table: Tensor, slot: Tensor, num_slots: int) -> Tensor:
     Returns:
         (B, 1 | H, K, K); 0 from and to a slot without members.
     """
-    wide = wide_dtype(table.dtype)
-    length = slot.shape[1]
-    share = torch.zeros(slot.shape[0], num_slots + 1, length, dtype=wide, device=slot.device)
-    share = share.scatter(1, torch.where(slot < 0, num_slots, slot).unsqueeze(1), 1.0)[:, :num_slots]
-    share = (share / share.sum(dim=2, keepdim=True).clamp_min(1.0)).unsqueeze(1)
-    with without_autocast(share.device.type):
-        return (share @ table.to(wide) @ share.mT).to(table.dtype)
+    table = table.view(*[1] * (4 - table.dim()), *table.shape)
+    batch, length, heads = *slot.shape, table.shape[1]
+    counts = merging.segment_count(torch.ones_like(slot, dtype=wide_dtype(table.dtype)), slot, num_slots).clamp_min(1)
+    # Sums over rows, then over columns: a product with a matrix of shares would cost K times as much.
+    rows = table.expand(batch, -1, -1, -1).transpose(1, 2).reshape(batch, length, heads * length)
+    rows = merging.segment_sum(rows, slot, num_slots).view(batch, num_slots, heads, length)
+    columns = rows.permute(0, 3, 1, 2).reshape(batch, length, num_slots * heads)
+    both = merging.segment_sum(columns, slot, num_slots).view(batch, num_slots, num_slots, heads)
+    both = both / (counts.unsqueeze(1) * counts.unsqueeze(2)).unsqueeze(3)
+    # Sums have columns before rows.
+    return both.permute(0, 3, 2, 1).to(table.dtype)
