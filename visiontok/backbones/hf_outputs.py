@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visiontok.backbones.hf_layers import will_act
+from visiontok.core.blocks import sized_mean
 from visiontok.core.runtime import Stage, attach_state, hint_grid, state_of
 from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
@@ -180,9 +181,5 @@ def _averaged(x: Tensor, state: TokenState) -> Tensor:
     """(B, N0, C) with the prefix, and at every patch the mean over all of them; each token counts as often as it has
     members."""
     patches, size = x[:, state.prefix :], state.size
-    if size is None:
-        mean = patches.mean(dim=1, keepdim=True)
-    else:
-        size = size[:, state.prefix :]
-        mean = ((patches * size).sum(dim=1, keepdim=True) / size.sum(dim=1, keepdim=True)).to(x.dtype)
-    return torch.cat((x[:, : state.lead], mean.expand(-1, state.n0 - state.lead, -1)), dim=1)
+    mean = patches.mean(dim=1) if size is None else sized_mean(patches, size[:, state.prefix :])
+    return torch.cat((x[:, : state.lead], mean.unsqueeze(1).expand(-1, state.n0 - state.lead, -1)), dim=1)

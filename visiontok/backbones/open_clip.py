@@ -21,7 +21,7 @@ from visiontok.backbones.open_clip_blocks import (
     swaps_of,
 )
 from visiontok.core.backbone import Backbone, Block, Swap
-from visiontok.core.blocks import bias_dtype, run_block
+from visiontok.core.blocks import bias_dtype, run_block, sized_mean
 from visiontok.core.runtime import attach_state, carry_state, state_of
 from visiontok.core.signals import ATTENTION, Signal, Site
 from visiontok.errors import IncompatibleError
@@ -100,8 +100,7 @@ class PatchedVision:
         pooled, tokens = super()._global_pool(x.view_as(x))  # type: ignore[misc]
         state = state_of(x)
         if self.pool_type == "avg" and state is not None and state.size is not None:
-            size = state.size[:, state.prefix :]
-            pooled = ((x[:, state.prefix :] * size).sum(dim=1) / size.sum(dim=1)).to(x.dtype)
+            pooled = sized_mean(x[:, state.prefix :], state.size[:, state.prefix :])
         return pooled, tokens
 
     def forward_intermediates(

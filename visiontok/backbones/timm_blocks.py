@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
+from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block, sized_mean
 from visiontok.core.runtime import Stage, attach_state, carry_state, state_of
 from visiontok.core.signals import ATTENTION, Offers, Signal, attention_offers
 from visiontok.core.state import TokenState
@@ -275,10 +275,9 @@ class PatchedMeanHead(PatchedFeatures):
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         state = state_of(x)
         if state is not None and state.size is not None and self.global_pool == "avg":
-            items, size = x[:, state.prefix :], state.size[:, state.prefix :]
-            mean = (items * size).sum(dim=1, keepdim=True) / size.sum(dim=1, keepdim=True)
+            mean = sized_mean(x[:, state.prefix :], state.size[:, state.prefix :]).unsqueeze(1)
             # The host's average over a single token is that token.
-            x = carry_state(x, torch.cat((x[:, : self.num_prefix_tokens], mean.to(x.dtype)), dim=1))
+            x = carry_state(x, torch.cat((x[:, : self.num_prefix_tokens], mean), dim=1))
         return super().forward_head(x, pre_logits)
 
 

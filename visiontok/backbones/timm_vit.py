@@ -21,7 +21,7 @@ from visiontok.backbones.timm_blocks import (
     _ResPostBlock,
 )
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
-from visiontok.core.blocks import bias_dtype
+from visiontok.core.blocks import bias_dtype, sized_mean
 from visiontok.core.runtime import hint_grid, state_of
 from visiontok.core.signals import ATTENTION, Signal, Site
 from visiontok.core.state import TokenState
@@ -63,7 +63,7 @@ class PatchedViT(PatchedFeatures):
         if self.attn_pool is not None:
             return self._visiontok_attention_pool(x, state, skip, pool_type)
         x, size = x[:, skip:], state.size[:, skip:]
-        mean = ((x * size).sum(dim=1) / size.sum(dim=1)).to(x.dtype)
+        mean = sized_mean(x, size)
         if kind == "avg":
             return mean
         peak = x.masked_fill(size == 0, -math.inf).amax(dim=1)

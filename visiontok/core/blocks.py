@@ -13,7 +13,7 @@ from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
 from visiontok.ops.constants import wide_dtype
 
-__all__ = ["Ran", "Tap", "bias_dtype", "offers_ahead", "run_block"]
+__all__ = ["Ran", "Tap", "bias_dtype", "offers_ahead", "run_block", "sized_mean"]
 
 Ran = tuple[Tensor, TokenState, Offers]
 
@@ -61,6 +61,11 @@ def bias_dtype(x: Tensor, fused: bool = True) -> torch.dtype:
     # Only the CPU's fused kernel takes an fp32 bias with half-precision queries.
     exact = x.device.type == "cpu" and fused and not torch.is_autocast_enabled("cpu")
     return wide_dtype(x.dtype) if exact else x.dtype
+
+
+def sized_mean(x: Tensor, size: Tensor) -> Tensor:
+    """(B, C) mean over tokens x (B, N, C), each counted as often as its size (B, N, 1) says; in the dtype of x."""
+    return ((x * size).sum(dim=1) / size.sum(dim=1)).to(x.dtype)
 
 
 def run_block(
