@@ -14,7 +14,7 @@ from visiontok.core import patching
 from visiontok.core.plan import Support, support
 from visiontok.core.reducer import Card, Reducer
 from visiontok.core.reduction import Reduction
-from visiontok.core.runtime import Chain
+from visiontok.core.chain import Chain
 from visiontok.core.towers import Towers
 from visiontok.errors import (
     AlreadyPatchedError,

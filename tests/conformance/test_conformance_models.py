@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 import visiontok as vt
 from visiontok import backbones
 from visiontok.core.reducer import Where
-from visiontok.core.runtime import LayerTrace
+from visiontok.core.chain import LayerTrace
 from visiontok.core.signals import Site
 from visiontok.errors import ParameterError
 

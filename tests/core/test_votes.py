@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from visiontok.errors import ParameterError
-from visiontok.ops.attention import Votes, prefix_rows
+from visiontok.ops.attention import Votes
+from visiontok.ops.probing import prefix_rows
 
 
 def draw(length: int, heads: int = 2, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:

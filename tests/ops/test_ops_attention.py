@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from visiontok.ops import attention
-from visiontok.ops.attention import Votes, prefix_rows
+from visiontok.ops.attention import Votes
+from visiontok.ops.probing import prefix_rows
 
 
 def projected(length: int, heads: int = 3, width: int = 8, batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:

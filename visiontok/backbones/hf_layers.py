@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage
 from visiontok.core.signals import Offers
 from visiontok.core.state import TokenState
@@ -145,10 +146,12 @@ class PatchedLayer:
         dtype = bias_dtype(normed, name == "sdpa") if name in MASKED else wide_dtype(normed.dtype)
         bias = self._visiontok_bias(state, dtype, mask, given)
         y, _ = attn(normed, bias, tap=tap, **self._visiontok_placed(state, given))
-        x = self._visiontok_end(0, y) + x
         offered = tap.offers(getattr(attn, attn._visiontok_names[0]), bias, state.prefix)
-        x, after = self._visiontok.mid(x, state, offered)
-        x = self._visiontok_end(1, self.mlp(getattr(self, second)(x))) + x
+        scales = [getattr(self, name) for name in self._visiontok_ends[0] if name not in ("dropout", "drop_path")]
+        plain = not self.training and len(scales) <= 1
+        joint = Joint(lambda y: self._visiontok_end(0, y), getattr(self, second), *scales[:1], plain=plain)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        x = self._visiontok_end(1, self.mlp(normed)) + x
         return x, after, offered
 
     def _visiontok_end(self: Any, branch: int, y: Tensor) -> Tensor:

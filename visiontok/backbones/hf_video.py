@@ -16,6 +16,7 @@ from visiontok.backbones.hf_outputs import Holder, pair, presents
 from visiontok.backbones.timm_blocks import PatchedNorm
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage
 from visiontok.core.signals import ATTENTION, Offers, Signal, Site
 from visiontok.core.state import TokenState
@@ -71,10 +72,11 @@ class VideoMAELayer:
         attn, normed, tap = self.attention.attention, self.layernorm_before(x), Tap()
         name = attn.config._attn_implementation
         bias = state.key_bias(bias_dtype(normed, name == "sdpa") if name in MASKED else torch.float32)
-        x = self.attention(normed, attention_mask=bias, tap=tap, **kwargs) + x
+        y = self.attention(normed, attention_mask=bias, tap=tap, **kwargs)
         offered = tap.offers(attn.scaling, bias, state.prefix)
-        x, after = self._visiontok.mid(x, state, offered)
-        return self.output(self.intermediate(self.layernorm_after(x)), x), after, offered
+        joint = Joint(lambda y: y, self.layernorm_after)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        return self.output(self.intermediate(normed), x), after, offered
 
 
 class _Family(NamedTuple):

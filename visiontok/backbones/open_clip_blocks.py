@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from visiontok.backbones import mha
 from visiontok.core.backbone import Block, Swap, class_paths, own_class
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage, carry_state
 from visiontok.core.signals import Offers
 from visiontok.core.state import TokenState
@@ -109,10 +110,11 @@ class PatchedBlock:
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         tap, h = Tap(), self.ln_1(x)
         bias = self._visiontok_bias(state, bias_dtype(h))
-        x = x + self.ls_1(self._visiontok_attend(h, tap, bias))
+        y = self._visiontok_attend(h, tap, bias)
         offered = tap.offers(_scale(self.attn), bias, state.prefix)
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + self.ls_2(self.mlp(self.ln_2(x)))
+        joint = Joint(self.ls_1, self.ln_2, self.ls_1)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        x = x + self.ls_2(self.mlp(normed))
         return x, after, offered
 
 

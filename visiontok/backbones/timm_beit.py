@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from visiontok.backbones.timm_relpos import PatchedBiasAttention, PatchedBiasBlock, TimmRelPos, _attend, _made
 from visiontok.core.blocks import Ran
+from visiontok.core.joints import Joint
 from visiontok.core.state import TokenState
 
 __all__ = ["TimmBeit"]
@@ -43,9 +44,10 @@ class _BeitBlock(PatchedBiasBlock):
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, shared: Tensor | None) -> Ran:
         y, offered = _attend(self.attn, self.norm1(x), state, shared)
-        x = x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
-        x, after = self._visiontok.mid(x, state, offered)
-        y = self.mlp(self.norm2(x))
+        settle = lambda y: self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)  # noqa: E731
+        joint = Joint(settle, self.norm2, self.gamma_1, not self.training)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        y = self.mlp(normed)
         x = x + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
         return x, after, offered
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block, sized_mean
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage, attach_state, carry_state, state_of
 from visiontok.core.signals import ATTENTION, Offers, Signal, attention_offers
 from visiontok.core.state import TokenState
@@ -137,9 +138,9 @@ class _PreNormBlock(PatchedBlock):
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         y, offered = _attend(self.attn, self.norm1(x), state)
-        x = x + self.drop_path1(self.ls1(y))
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        joint = Joint(lambda y: self.drop_path1(self.ls1(y)), self.norm2, self.ls1, not self.training)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        x = x + self.drop_path2(self.ls2(self.mlp(normed)))
         return x, after, offered
 
 

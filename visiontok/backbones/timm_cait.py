@@ -13,6 +13,7 @@ from visiontok.backbones.timm_blocks import PatchedMeanHead, mix
 from visiontok.backbones.timm_relpos import TimmRelPos, _made
 from visiontok.core.backbone import Swap
 from visiontok.core.blocks import Ran, bias_dtype, run_block
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage, attach_state, state_of
 from visiontok.core.signals import ATTENTION, Offers, Signal, Site
 from visiontok.core.state import TokenState
@@ -78,10 +79,10 @@ class PatchedTrunkBlock:
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         tap = _Taken()
         y = self.attn(self.norm1(x), tap=tap, bias=state.key_bias(bias_dtype(x, fused=False)))
-        x = x + self.drop_path(self.gamma_1 * y)
         offered = _offers(lambda: tap)
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        joint = Joint(lambda y: self.drop_path(self.gamma_1 * y), self.norm2, self.gamma_1, not self.training)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        x = x + self.drop_path(self.gamma_2 * self.mlp(normed))
         return x, after, offered
 
 

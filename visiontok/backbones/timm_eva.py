@@ -15,6 +15,7 @@ from visiontok.backbones.timm_blocks import PatchedNorm, mix
 from visiontok.backbones.timm_vit import PatchedViT, TimmViT
 from visiontok.core.backbone import Swap, class_paths, own_class
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage, hint_grid, state_of
 from visiontok.core.signals import ATTENTION, Offers, Signal, Site
 from visiontok.core.state import TokenState
@@ -127,9 +128,10 @@ class _PreNormBlock(PatchedBlock):
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, rope: Tensor | None) -> Ran:
         y, offered = _attend(self.attn, self.norm1(x), rope, state)
-        x = x + self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)
-        x, after = self._visiontok.mid(x, state, offered)
-        y = self.mlp(self.norm2(x))
+        settle = lambda y: self.drop_path1(y if self.gamma_1 is None else self.gamma_1 * y)  # noqa: E731
+        joint = Joint(settle, self.norm2, self.gamma_1, not self.training)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        y = self.mlp(normed)
         x = x + self.drop_path2(y if self.gamma_2 is None else self.gamma_2 * y)
         return x, after, offered
 

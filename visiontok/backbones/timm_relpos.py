@@ -12,6 +12,7 @@ from visiontok.backbones.timm_blocks import PatchedMaps, PatchedNorm, mix
 from visiontok.backbones.timm_vit import TimmViT
 from visiontok.core.backbone import Swap, own_class
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage, hint_grid
 from visiontok.core.signals import ATTENTION, Offers, Signal, Site
 from visiontok.core.state import TokenState
@@ -73,9 +74,9 @@ class _RelPosBlock(PatchedBiasBlock):
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, shared: Tensor | None) -> Ran:
         y, offered = _attend(self.attn, self.norm1(x), state, shared)
-        x = x + self.drop_path1(self.ls1(y))
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        joint = Joint(lambda y: self.drop_path1(self.ls1(y)), self.norm2, self.ls1, not self.training)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        x = x + self.drop_path2(self.ls2(self.mlp(normed)))
         return x, after, offered
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from visiontok.backbones import mha
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
+from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage, carry_state, state_of
 from visiontok.core.signals import ATTENTION, Offers, Signal, Site
 from visiontok.core.state import TokenState
@@ -65,10 +66,11 @@ class PatchedBlock:
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         bias = state.key_bias(bias_dtype(x))
         tap = Tap()
-        x = self.dropout(mha.attend(self.self_attention, self.ln_1(x), tap, bias)) + x
+        y = mha.attend(self.self_attention, self.ln_1(x), tap, bias)
         offered = tap.offers(self.self_attention.head_dim**-0.5, bias, state.prefix)
-        x, after = self._visiontok.mid(x, state, offered)
-        x = x + self.mlp(self.ln_2(x))
+        joint = Joint(self.dropout, self.ln_2, plain=not self.training)
+        x, normed, after = self._visiontok.between(x, y, joint, state, offered)
+        x = x + self.mlp(normed)
         return x, after, offered
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from visiontok.core import flops, patching
 from visiontok.core.backbone import Backbone
+from visiontok.core.chain import Chain
 from visiontok.core.plan import bind
 from visiontok.core.reducer import Reducer
-from visiontok.core.runtime import Chain
 from visiontok.core.schedule import split
 
 if TYPE_CHECKING:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from visiontok.core import flops, learned, patching, saving
 from visiontok.core.backbone import Backbone
+from visiontok.core.chain import Chain, LayerTrace
 from visiontok.core.gauge import Gauge
 from visiontok.core.plan import Plan, bind
 from visiontok.core.reducer import Reducer
-from visiontok.core.runtime import Chain, LayerTrace, Stage, Step
+from visiontok.core.runtime import Stage, Step
 from visiontok.core.schedule import Budget
 from visiontok.core.signals import Site
 from visiontok.errors import NotPatchedError, ParameterError

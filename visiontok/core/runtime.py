@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from visiontok.core.chain import Chain, recomputing
+from visiontok.core.joints import Joint, Seam
 from visiontok.core.positions import Positions
 from visiontok.core.reducer import Reducer, Where
 from visiontok.core.schedule import Budget
@@ -18,12 +18,11 @@ from visiontok.core.signals import Offers, Signal, Signals, Site
 from visiontok.core.state import Frame, TokenState, apply
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import IncompatibleError, StateLostError
+from visiontok.ops import fusing
 from visiontok.ops.constants import length_of, without_autocast
 
 __all__ = [
-    "Chain",
     "Decision",
-    "LayerTrace",
     "Stage",
     "Step",
     "attach_state",
@@ -50,109 +49,6 @@ class Step(NamedTuple):
 def free_of_attention(reducer: Reducer) -> bool:
     """Whether the reducer's signals cost nothing, so that the block before it may run untouched."""
     return set(reducer.needs) <= _FREE
-
-
-class LayerTrace(NamedTuple):
-    """What happened at one point of the last traced forward.
-
-    Attributes:
-        layer: Blocks already run (at MID the block's index).
-        site: Where in the block.
-        map: The decision.
-        size: (B, K, 1) sizes after it, or None for all ones.
-        origin: (B, N0) int32 slot of each original token, -1 dropped.
-        grid: (h, w) of the original patch tokens, or None.
-        prefix: Leading tokens.
-        tokens: K.
-    """
-
-    layer: int
-    site: Site
-    map: TokenMap
-    size: Tensor | None
-    origin: Tensor
-    grid: tuple[int, int] | None
-    prefix: int
-    tokens: int
-
-
-class _Record(threading.local):
-    """Per-thread notes on the running forward; eager only."""
-
-    def __init__(self) -> None:
-        self.entered = 0
-        self.tokens: list[int] = []
-        self.trace: list[LayerTrace] = []
-        self.grid: tuple[int, int] | None = None
-        self.handed: tuple[Any, Any] | None = None
-
-
-class Chain:
-    """Shared by all blocks of one patched model: switches and per-thread notes. Copies start with empty notes.
-
-    Args:
-        trace: Whether maps and origins are kept for `Reduction.trace`.
-        restore: None, or what dropped tokens get in full-length features: `gather` (nearest kept token) or `zero`.
-        check_finite: Whether every reduced tensor is checked for NaN and Inf (debugging; syncs).
-    """
-
-    def __init__(self, trace: bool = False, restore: str | None = None, check_finite: bool = False) -> None:
-        self.trace = trace
-        self.restore = restore
-        self.check_finite = check_finite
-        self.notes = _Record()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Chain, (self.trace, self.restore, self.check_finite))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
-        return self.fresh()
-
-    def fresh(self) -> Chain:
-        """A chain with the same switches and no notes."""
-        return Chain(self.trace, self.restore, self.check_finite)
-
-    def opened(self, state: TokenState) -> None:
-        """Starts the notes of a forward."""
-        notes = self.notes
-        notes.tokens, notes.trace, notes.grid, notes.entered = [], [], state.grid, state.n
-
-    def decided(self, layer: int, site: Site, tm: TokenMap, state: TokenState) -> None:
-        """Notes one decision."""
-        if self.trace:
-            self.notes.trace.append(
-                LayerTrace(layer, site, tm, state.size, state.origin, self.notes.grid, state.prefix, tm.K)
-            )
-
-    def handed(self, x: Tensor, state: TokenState | None) -> None:
-        """Remembers, weakly, what the last block of this thread returned."""
-        self.notes.handed = None if state is None else (weakref.ref(x), weakref.ref(state))
-
-    def recovered(self, x: Tensor, layer: int) -> TokenState | None:
-        """The state of a tensor that was moved, cast or copied between two blocks and so lost its attribute.
-
-        Only the very last hand-over of this thread counts, while its tensor is alive and x holds the same values:
-        with two forwards interleaved in one thread, shape and layer alone would hand one the other's sizes.
-        """
-        if self.notes.handed is None:
-            return None
-        source, state = self.notes.handed[0](), self.notes.handed[1]()
-        if source is None or state is None or source.shape != x.shape or state.layer != layer:
-            return None
-        if not _same_values(source, x):
-            return None
-        return state if state.device == x.device else state.to(x.device)
-
-
-def _same_values(source: Tensor, x: Tensor) -> bool:
-    if source.is_meta or x.is_meta:
-        return source.device == x.device
-    return torch.allclose(source.detach().to(x.device, x.dtype), x.detach(), rtol=0, atol=0, equal_nan=True)
-
-
-def _recomputing() -> bool:
-    # Checkpointing runs blocks again inside backward; those runs are not the last forward.
-    return torch._C._current_graph_task_id() != -1
 
 
 def state_of(x: Tensor) -> TokenState | None:
@@ -248,7 +144,7 @@ class Stage:
             batch=batch, n=length, n0=length, device=x.device, prefix=self.prefix, depth=self.depth, grid=grid,
             grid0=grid, proportional=self.proportional, carry_rules=self.carry_rules, positions=positions,
         )  # fmt: skip
-        if not torch.compiler.is_compiling() and not _recomputing():
+        if not torch.compiler.is_compiling() and not recomputing():
             self.chain.opened(state)
         return state
 
@@ -281,6 +177,29 @@ class Stage:
         """Reduces between attention and MLP."""
         return self._reduce("MID", x, state, offered)
 
+    def between(
+        self, x: Tensor, y: Tensor, joint: Joint, state: TokenState, offered: Offers
+    ) -> tuple[Tensor, Tensor, TokenState]:
+        """What lies between attention and MLP: residual sum, reduction, norm; one kernel where there is one.
+
+        Args:
+            x: (B, N, C) the block's input.
+            y: (B, N, C) output of its attention.
+            joint: How the block joins them.
+            state: The tokens' history.
+            offered: Signals of the attention.
+
+        Returns:
+            The hidden tokens, the normed ones for the MLP, and the state.
+        """
+        acting = [step for step in self.steps.get("MID", ()) if self._does(step, state)]
+        if len(acting) != 1 or not fusing.fuses(x):
+            x, state = self.mid(x + joint.settle(y), state, offered)
+            return x, joint.norm(x), state
+        seam = Seam(x, y, joint)
+        x, state = self._step(acting[0], self._amount(acting[0], state), seam, state, offered)
+        return x, joint.norm(x) if seam.normed is None else seam.normed, state
+
     def leave(self, x: Tensor, state: TokenState, offered: Offers) -> Tensor:
         """Ends spans and reduces before the next block, and attaches the state to the tensor handed on."""
         state = state.changed(layer=self.layer + 1)
@@ -290,7 +209,7 @@ class Stage:
         x, state = self._reduce("NEXT", x, state, offered)
         state = state.changed(marks=(*state.marks, state.trail))
         setattr(x, _STATE, state)
-        if not torch.compiler.is_compiling() and not _recomputing():
+        if not torch.compiler.is_compiling() and not recomputing():
             self.chain.notes.tokens.append(int(state.n))
             self.chain.handed(x, None if state.layer == self.depth else state)
         return x
@@ -312,25 +231,26 @@ class Stage:
                 state = after
         return Decision(x, state)
 
-    def _step(self, step: Step, amount: int, x: Tensor, state: TokenState, offered: Offers) -> Decision:
-        reducer = step.reducer
-        signals = Signals({"HIDDEN": lambda: x, "GRID": lambda: _grid(state), "MODULE": lambda: step.module, **offered})
-        with without_autocast(x.device.type):
+    def _step(self, step: Step, amount: int, x: Tensor | Seam, state: TokenState, offered: Offers) -> Decision:
+        reducer, first = step.reducer, x.x if isinstance(x, Seam) else x
+        hidden = (lambda: x.hidden) if isinstance(x, Seam) else lambda: x
+        signals = Signals({"HIDDEN": hidden, "GRID": lambda: _grid(state), "MODULE": lambda: step.module, **offered})
+        with without_autocast(first.device.type):
             tm = reducer.decide(signals, state, amount)
             if tm is None:
-                return Decision(x, state)
+                return Decision(hidden(), state)
             if self.grid_only and tm.form != "identity" and tm.grid is None:
                 raise IncompatibleError(f"{reducer.name} gave a map without a grid, which this model's blocks need.")
-            if tm.counts is not None and getattr(reducer, "compact", False) and _may_sync(x):
+            if tm.counts is not None and getattr(reducer, "compact", False) and _may_sync(first):
                 tm = tm.compacted()
             reduced, after = apply(_owned(tm), x, state)
         if reducer.site is Site.AROUND and tm.form != "identity":
-            kept = x if reducer.fill == "self" else None
+            kept = hidden() if reducer.fill == "self" else None
             fill: Any = reducer.fill
             frame = Frame(reducer.until(state.layer, self.depth), fill, state, kept)
             after = after.changed(frames=(*after.frames, frame))
         if not torch.compiler.is_compiling():
-            if not _recomputing() and len(after.trail) != len(state.trail):
+            if not recomputing() and len(after.trail) != len(state.trail):
                 self.chain.decided(state.layer, reducer.site, tm, after)
             if self.chain.check_finite:
                 _check_finite(reduced, reducer, state.layer)

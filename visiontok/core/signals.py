@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from visiontok.errors import IncompatibleError, UnknownNameError, did_you_mean
-from visiontok.ops.attention import Votes, prefix_rows
+from visiontok.ops.attention import Votes
 from visiontok.ops.constants import wide_dtype
+from visiontok.ops.probing import prefix_rows
 
 __all__ = ["ATTENTION", "Offers", "Signal", "Signals", "Site", "attention_offers"]
 
@@ -127,15 +128,22 @@ class Signals:
         return self.get(name)
 
     def get(self, name: str) -> Any:
-        """Returns the signal of that name, computing it on first use."""
+        """Returns the signal of that name in at least fp32, computing it on first use."""
         values = self._values
         if name not in values:
-            offered = self._offered
-            if name not in offered:
-                have = ", ".join(sorted({*offered, *values})) or "none"
-                raise IncompatibleError(f"signal {name} is not offered here (offered: {have}).")
-            values[name] = _wide(offered[name]())
+            values[name] = _wide(self._offer(name)())
         return values[name]
+
+    def raw(self, name: str) -> Any:
+        """Returns the signal of that name in the model's dtype, for kernels that widen in registers."""
+        return self._values[name] if name in self._values else self._offer(name)()
+
+    def _offer(self, name: str) -> Callable[[], Any]:
+        offered = self._offered
+        if name not in offered:
+            have = ", ".join(sorted({*offered, *self._values})) or "none"
+            raise IncompatibleError(f"signal {name} is not offered here (offered: {have}).")
+        return offered[name]
 
     def __contains__(self, name: str) -> bool:
         return str(name) in self._values or str(name) in self._offered

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visiontok.core.joints import Seam, merged
 from visiontok.core.positions import Positions
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
@@ -330,7 +331,7 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
 
     Args:
         tm: The map.
-        x: (B, N, C) hidden tokens, or a tuple of such streams that follow the same tokens.
+        x: (B, N, C) hidden tokens, a tuple of such streams that follow the same tokens, or a `Seam`.
         state: The state that belongs to x.
 
     Returns:
@@ -339,6 +340,9 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
     Raises:
         ParameterError: The token counts of map, x and state differ.
     """
+    if isinstance(x, Seam):
+        fused = x.merged(tm, state.size) if tm.extra is None else None
+        return apply(tm, x.hidden, state) if fused is None else (fused.x, state.advance(tm, fused.size))
     streams: tuple[Tensor, ...] = x if isinstance(x, tuple) else (x,)
     size_before = state.size
     if tm.extra is not None:
@@ -347,6 +351,9 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
     first, alone = streams[0], len(streams) == 1
+    fused = merged(tm, first, size_before) if alone else None
+    if fused is not None:
+        return (fused.x,) if isinstance(x, tuple) else fused.x, state.advance(tm, fused.size)
     if tm.merges_by_size and alone:
         reduced_one, size = merging.merge_mean(first, size_before, tm.assign, tm.K)
         return (reduced_one,) if isinstance(x, tuple) else reduced_one, state.advance(tm, size)

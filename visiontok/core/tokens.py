@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visiontok.errors import ParameterError
-from visiontok.ops import merging
+from visiontok.ops import fusing, merging
 from visiontok.ops.constants import length_of, wide_dtype
 from visiontok.ops.restoring import Fill, restore
 
@@ -157,6 +157,19 @@ class TokenMap:
         assign = assign.scatter(1, anchor, slots)
         assign = assign.scatter(1, src, assign.gather(1, dst))
         return cls(assign, count, anchor=anchor, form="complete" if complete else "any", **extra)
+
+    @classmethod
+    def of_slots(cls, slots: merging.Slots, stays: tuple[int, int]) -> TokenMap:
+        """A size-weighted merge of all tokens as a matching op states it.
+
+        Args:
+            slots: Its result; no token is dropped.
+            stays: (start, step) of the positions that others join.
+        """
+        made = cls(slots.assign, slots.num_slots, stays=stays, form="complete")
+        if slots.groups is not None:
+            object.__setattr__(made, "_groups", slots.groups)
+        return made
 
     # ---- what the core derives
 
@@ -364,10 +377,7 @@ class TokenMap:
     def _rescaled(self, mean: Tensor, x: Tensor) -> Tensor:
         # Norms of half-precision tokens may exceed half precision although the result does not.
         wide = wide_dtype(x.dtype)
-        norms = merging.segment_max(torch.linalg.vector_norm(x.to(wide), dim=-1, keepdim=True), self.assign, self.K)
-        alone = merging.segment_count(self._ones(torch.float32), self.assign, self.K).unsqueeze(-1) == 1
-        length = torch.linalg.vector_norm(mean.to(wide), dim=-1, keepdim=True).clamp_min(_TINY)
-        return torch.where(alone, mean, (mean / length * norms).to(x.dtype))
+        return fusing.rescaled(mean.to(wide), x.to(wide), self.assign).to(x.dtype)
 
     def _masked(self, size: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         live = self.live

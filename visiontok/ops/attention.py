@@ -1,4 +1,4 @@
-"""Scores read from attention without its map: rows of a few queries, column votes, row entropies."""
+"""Attention without its map: a bias over keys for kernels that take none, column votes, row entropies."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from torch import Tensor
 from visiontok.errors import ParameterError
 from visiontok.ops import dispatch
 from visiontok.ops.constants import wide_dtype
+from visiontok.ops.probing import by_rows, key_votes, rows_of
 
-__all__ = ["Votes", "fold_bias", "prefix_rows"]
+__all__ = ["Votes", "fold_bias"]
 
-# Query rows whose probabilities exist at one time.
-_ROWS = 64
 # Most elements per image of a map that is formed for two uses: 2 MiB in fp32, about what a block's MLP holds at that
 # length. Beyond, memory traffic costs what a second pass does, and strips need next to no memory. Not per batch: an
 # image must be rounded alike in every batch.
 _SMALL = 2**19
-# Most heads times rows for which products with zeros are cheaper than copying the keys into another order.
-_FEW = 32
 
 
 def fold_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,46 +57,6 @@ def fold_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     return query, key, F.pad(value, (0, 2 + blank))
 
 
-def prefix_rows(query: Tensor, key: Tensor, prefix: int, scale: float, bias: Tensor | None = None) -> Tensor:
-    """Softmax rows of the leading queries, in at least fp32.
-
-    Args:
-        query: (B, H, N, d) after normalisation and positions.
-        key: (B, H, N, d).
-        prefix: Number P of leading queries.
-        scale: Factor on the logits.
-        bias: (B, 1, 1, N) additive bias over keys, or (B, 1, N, N).
-
-    Returns:
-        (B, H, P, N); costs H * P * N * d MACs, 1 / N of the whole map for a class token, or H times that where it saves
-        a copy of all keys.
-    """
-    wide = wide_dtype(query.dtype)
-    query, key, bias = query[:, :, :prefix].to(wide), key.to(wide), _strip(bias, 0, prefix)
-    heads, width = key.shape[1], key.shape[3]
-    # Keys as a projection leaves them, the heads of one token side by side.
-    woven = key.stride(1) == width and key.stride(3) == 1
-    if not woven or not 1 < heads * prefix <= _FEW:
-        return _rows(query * scale, key.transpose(-2, -1), bias)
-    apart = torch.eye(heads, dtype=wide, device=key.device).view(heads, 1, heads, 1)
-    alone = ((query * scale).unsqueeze(3) * apart).flatten(3).flatten(1, 2)
-    logits = torch.bmm(alone, key.transpose(1, 2).flatten(2).transpose(1, 2))
-    return _softmax(logits.unflatten(1, (heads, prefix)), bias)
-
-
-def _rows(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    # Of scaled queries (B, H, n, d) and transposed keys (B, H, d, N).
-    return _softmax(query @ key, bias)
-
-
-def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
-    return (logits if bias is None else logits.add_(bias.to(logits.dtype))).softmax(dim=-1)
-
-
-def _strip(bias: Tensor | None, a: int, b: int) -> Tensor | None:
-    return bias if bias is None or bias.shape[-2] == 1 else bias[..., a:b, :]
-
-
 def _negentropy(rows: Tensor) -> Tensor:
     # torch.special.entr is exact at 0 too, and takes three times as long.
     return (rows * rows.clamp_min(torch.finfo(rows.dtype).tiny).log()).sum(dim=-1)
@@ -116,8 +73,7 @@ class Votes:
     """
 
     def __init__(self, query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> None:
-        wide = wide_dtype(query.dtype)
-        self._query, self._key = query.to(wide), key.to(wide)
+        self._query, self._key = query, key
         self._scale, self._bias = scale, bias
         self._map: Tensor | None = None
 
@@ -154,7 +110,7 @@ class Votes:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of all results, at least fp32."""
-        return self._query.dtype
+        return wide_dtype(self._query.dtype)
 
     @property
     def map(self) -> Tensor:
@@ -188,8 +144,7 @@ class Votes:
         if self._map is None:
             bias = self._bias if among is None else _added(self._bias, among[:, None, None].to(self.dtype).log())
             s = s if among is None else s * among[:, None, None]
-            parts = self._by_rows(lambda rows, a, b: s[..., a:b].to(rows.dtype) @ rows, bias)
-            return torch.stack(parts).sum(dim=0).squeeze(2) if len(parts) > 1 else parts[0].squeeze(2)
+            return key_votes(self._query, self._key, self._scale, bias, s.squeeze(2))
         if among is None:
             return (s @ self._map).squeeze(2)
         live = among[:, None, None].to(self.dtype)
@@ -204,7 +159,8 @@ class Votes:
             # The fused kernels take values as wide as queries only.
             return torch.cat(self._by_rows(lambda rows, a, b: rows @ v, self._bias), dim=2)
         mask = None if self._bias is None else self._bias.to(self.dtype)
-        return F.scaled_dot_product_attention(self._query, self._key, v, attn_mask=mask, scale=self._scale)
+        query, key = self._query.to(self.dtype), self._key.to(self.dtype)
+        return F.scaled_dot_product_attention(query, key, v.to(self.dtype), attn_mask=mask, scale=self._scale)
 
     def entropy(self) -> Tensor:
         """(B, H, N) entropy of each row in nats."""
@@ -235,19 +191,16 @@ class Votes:
     def _formed(self) -> Tensor:
         length = self.shape[2]
         needs_graph = torch.is_grad_enabled() and (self._query.requires_grad or self._key.requires_grad)
-        if dispatch.tracing() or needs_graph or length <= _ROWS:
-            return _rows(self._query * self._scale, self._key.transpose(-2, -1), self._bias)
+        if dispatch.tracing() or needs_graph:
+            query, key = self._query.to(self.dtype) * self._scale, self._key.to(self.dtype)
+            return rows_of(query, key.transpose(-2, -1), self._bias)
         # Strips, because logits beside the map would be as much memory again.
-        formed = self._query.new_empty(*self.shape, length)
+        formed = self._query.new_empty(*self.shape, length, dtype=self.dtype)
         self._by_rows(lambda rows, a, b: formed[:, :, a:b].copy_(rows), self._bias)
         return formed
 
     def _by_rows(self, use: Callable[[Tensor, int, int], Tensor], bias: Tensor | None) -> list[Tensor]:
-        length = self.shape[2]
-        step = -(-length // -(-length // _ROWS))
-        query, key = self._query * self._scale, self._key.contiguous().transpose(-2, -1)
-        bounds = [(a, min(a + step, length)) for a in range(0, length, step)]
-        return [use(_rows(query[:, :, a:b], key, _strip(bias, a, b)), a, b) for a, b in bounds]
+        return by_rows(self._query.to(self.dtype) * self._scale, self._key.to(self.dtype), bias, use)
 
 
 def _added(bias: Tensor | None, more: Tensor) -> Tensor:

@@ -11,25 +11,58 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visiontok.ops import dispatch
+from visiontok.ops import dispatch, library
 from visiontok.ops.constants import arange_row, wide_dtype
 
 # Smallest positive normal fp32 number: divides a zero by something.
 _TINY = torch.finfo(torch.float32).tiny
 
-__all__ = ["Groups", "group", "merge_mean", "segment_count", "segment_max", "segment_sum", "select", "spread"]
+__all__ = [
+    "Groups",
+    "Slots",
+    "group",
+    "group_by_sort",
+    "merge_mean",
+    "segment_count",
+    "segment_max",
+    "segment_sum",
+    "select",
+    "spread",
+]
+
+
+def _plain(x: Tensor) -> bool:
+    return not (torch.is_grad_enabled() and x.requires_grad) and dispatch.cacheable() and not x.is_meta
 
 
 class Groups(NamedTuple):
     """Tokens grouped by slot, in compressed sparse rows.
 
     Attributes:
-        csr: (B, K + 1) int64; the tokens of slot k are `src[csr[k]:csr[k + 1]]`. Dropped tokens come after `csr[K]`.
-        src: (B, N) int64, token indices ordered by slot, ascending inside a slot.
+        csr: (B, K + 1) int64, int32 from a kernel; the tokens of slot k are `src[csr[k]:csr[k + 1]]`. Dropped tokens
+            come after `csr[K]`.
+        src: (B, N) in the same dtype, token indices ordered by slot, ascending inside a slot.
     """
 
     csr: Tensor
     src: Tensor
+
+
+class Slots(NamedTuple):
+    """Where tokens go, and their grouping if a kernel made it along the way.
+
+    Attributes:
+        assign: (B, N) int64 slot of each token.
+        num_slots: K.
+        groups: The grouping of `assign`, or None.
+    """
+
+    assign: Tensor
+    num_slots: int
+    groups: Groups | None = None
+
+
+_group = dispatch.op("group")
 
 
 def group(assign: Tensor, num_slots: int, *, complete: bool = False) -> Groups:
@@ -40,12 +73,35 @@ def group(assign: Tensor, num_slots: int, *, complete: bool = False) -> Groups:
         num_slots: K.
         complete: True promises that no token is dropped.
     """
+    return Groups(*_group(assign, num_slots, complete))
+
+
+def _group_fake(assign: Tensor, num_slots: int, complete: bool) -> tuple[Tensor, Tensor]:
+    batch, length = assign.shape
+    return assign.new_empty((batch, num_slots + 1), dtype=torch.int32), assign.new_empty(
+        assign.shape, dtype=torch.int32
+    )
+
+
+_group.implementation("triton", dispatch.triton_refuses_indices, "by counting, no sort")(
+    library.define(
+        "group(Tensor assign, int num_slots, bool complete) -> (Tensor, Tensor)",
+        lambda *args: tuple(part.int() for part in group_by_sort(*args)),
+        _group_fake,
+        lambda assign, num_slots, complete: library.launcher("merging.group")(assign, num_slots),
+    )
+)
+
+
+@_group.implementation("torch", lambda x: None, "one stable sort")
+def group_by_sort(assign: Tensor, num_slots: int, complete: bool) -> tuple[Tensor, Tensor]:
+    """The torch formulation of `group`: (csr, src), both int64."""
     slots = assign if complete else torch.where(assign < 0, num_slots, assign)
     ordered, src = slots.sort(dim=1, stable=True)
     bounds = arange_row(0, num_slots + 1, assign.device)
     if assign.shape[0] != 1:
         bounds = bounds.repeat(assign.shape[0], 1)
-    return Groups(torch.searchsorted(ordered, bounds), src)
+    return torch.searchsorted(ordered, bounds), src
 
 
 def select(x: Tensor, index: Tensor) -> Tensor:
@@ -63,19 +119,40 @@ def select(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (batch, count))
 
 
-def spread(y: Tensor, assign: Tensor) -> Tensor:
-    """Gives every token the value of its slot; the inverse of a merge.
+_spread = dispatch.op("spread")
+
+
+def spread(y: Tensor, assign: Tensor, *, residual: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+    """Gives every token the value of its slot; the inverse of a merge, and with shares the gradient of one.
 
     Args:
         y: (B, K, ...).
         assign: (B, N) int64; dropped tokens receive zeros.
+        residual: (B, N, ...) to add to.
+        share: (B, N) factors for y.
 
     Returns:
         (B, N, ...).
     """
+    return _spread(y, assign, residual, share)
+
+
+@_spread.implementation(
+    "triton",
+    lambda y: "not (B, K, C) without gradients" if y.dim() != 3 or not _plain(y) else dispatch.triton_refuses(y),
+    "gather, factor and residual in one kernel",
+)
+def _spread_triton(y: Tensor, assign: Tensor, residual: Tensor | None, share: Tensor | None) -> Tensor:
+    return library.launcher("merging.spread")(y, assign, residual, share)
+
+
+@_spread.implementation("torch", lambda y: None, "gather")
+def _spread_torch(y: Tensor, assign: Tensor, residual: Tensor | None, share: Tensor | None) -> Tensor:
     out = select(y, assign.clamp_min(0))
-    gone = (assign < 0).view(*assign.shape, *[1] * (y.dim() - 2))
-    return out.masked_fill(gone, 0)
+    shape = (*assign.shape, *[1] * (y.dim() - 2))
+    out = out.masked_fill((assign < 0).view(shape), 0)
+    out = out if share is None else (out * share.view(shape)).to(y.dtype)
+    return out if residual is None else residual + out
 
 
 _segment_sum = dispatch.op("segment_sum")
@@ -106,7 +183,7 @@ def uses_groups(x: Tensor) -> bool:
 
 @_segment_sum.implementation(
     "embedding_bag",
-    fits=lambda x: not dispatch.tracing() and not x.is_meta,
+    refuses=lambda x: "traced or on the meta device" if dispatch.tracing() or x.is_meta else None,
     reason="eager: one pass over the tokens in slot order, no atomics; backward is a gather",
 )
 def _segment_sum_bag(
@@ -125,7 +202,7 @@ def _segment_sum_bag(
 def _bag_sum(rows: Tensor, weight: Tensor | None, csr: Tensor, src: Tensor, complete: bool) -> Tensor:
     batch, length, channels = rows.shape
     if weight is not None:
-        weight = weight.gather(1, src).view(-1)
+        weight = weight.gather(1, src if src.dtype == torch.int64 else src.long()).view(-1)
     # Without the promise of completeness a spare last bag swallows the dropped tokens.
     bags = csr[:, :-1] if complete else csr
     count = bags.shape[1]
@@ -168,7 +245,7 @@ class _BagSum(torch.autograd.Function):
 
 
 @_segment_sum.implementation(
-    "index_add", fits=lambda x: True, reason="traced: plain scatter, which compiles, exports and converts to ONNX"
+    "index_add", refuses=lambda x: None, reason="traced: plain scatter, which compiles, exports and converts to ONNX"
 )
 def _segment_sum_index_add(
     x: Tensor, assign: Tensor, num_slots: int, weight: Tensor | None, complete: bool, groups: Groups | None
@@ -204,7 +281,7 @@ def merge_mean(x: Tensor, size: Tensor | None, assign: Tensor, num_slots: int) -
 
 @_merge_mean.implementation(
     "embedding_bag",
-    fits=lambda x: not (torch.is_grad_enabled() and x.requires_grad) and dispatch.cacheable() and not x.is_meta,
+    refuses=lambda x: None if _plain(x) else "traced, with gradients or on the meta device",
     reason="eager inference: one sort of the slots, one pass over the tokens, no atomics",
 )
 def _merge_mean_bag(x: Tensor, size: Tensor | None, assign: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +306,7 @@ def _merge_mean_bag(x: Tensor, size: Tensor | None, assign: Tensor, num_slots: i
     return out.view(batch, num_slots, channels), total.unsqueeze(-1)
 
 
-@_merge_mean.implementation("composed", fits=lambda x: True, reason="traced or with gradients: made of segment_sum")
+@_merge_mean.implementation("composed", lambda x: None, "traced or with gradients: made of segment_sum")
 def _merge_mean_composed(x: Tensor, size: Tensor | None, assign: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(x.dtype)
     weight = x.new_ones(x.shape[:2], dtype=wide) if size is None else size.squeeze(-1)

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visiontok.ops import dispatch, library
+
 __all__ = ["energy", "gaussian_energy"]
 
 # Rows of the similarity that exist at once; bounds memory at N x _ROWS instead of N x N.
 _ROWS = 1024
+
+_energy = dispatch.op("energy")
 
 
 def energy(rows: Tensor, margin: float, alpha: float = 1.0, *, hinge: bool = False) -> Tensor:
@@ -25,16 +29,9 @@ def energy(rows: Tensor, margin: float, alpha: float = 1.0, *, hinge: bool = Fal
             margin there too.
 
     Returns:
-        (B, N). Similarities are formed in strips of rows, never N x N for long sequences.
+        (B, N). Similarities are formed in strips of rows, or stay in registers, never N x N for long sequences.
     """
-    strips = [_near(strip, margin, alpha, hinge).mean(dim=-1) for strip in _strips(rows)]
-    return strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
-
-
-def _near(cosine: Tensor, margin: float, alpha: float, hinge: bool) -> Tensor:
-    if hinge:
-        return torch.where(cosine >= margin, cosine, alpha * torch.expm1(cosine - margin))
-    return F.elu(cosine - margin, alpha=alpha)
+    return _energy(rows, margin, alpha, "hinge" if hinge else "elu")
 
 
 def gaussian_energy(rows: Tensor, margin: float) -> Tensor:
@@ -47,10 +44,21 @@ def gaussian_energy(rows: Tensor, margin: float) -> Tensor:
     Returns:
         (B, N).
     """
-    deviation = 1.0 - margin
-    norm = deviation * math.sqrt(2 * math.pi)
-    strips = [torch.exp(-(((1 - strip) / deviation) ** 2) / 2).mean(dim=-1) / norm for strip in _strips(rows)]
-    return strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
+    return _energy(rows, margin, 1.0, "gauss")
+
+
+def _energy_torch(rows: Tensor, margin: float, alpha: float, kind: str) -> Tensor:
+    strips = [_near(strip, margin, alpha, kind).mean(dim=-1) for strip in _strips(rows)]
+    total = strips[0] if len(strips) == 1 else torch.cat(strips, dim=1)
+    return total / ((1.0 - margin) * math.sqrt(2 * math.pi)) if kind == "gauss" else total
+
+
+def _near(cosine: Tensor, margin: float, alpha: float, kind: str) -> Tensor:
+    if kind == "gauss":
+        return torch.exp(-(((1 - cosine) / (1.0 - margin)) ** 2) / 2)
+    if kind == "hinge":
+        return torch.where(cosine >= margin, cosine, alpha * torch.expm1(cosine - margin))
+    return F.elu(cosine - margin, alpha=alpha)
 
 
 def _strips(rows: Tensor) -> list[Tensor]:
@@ -58,3 +66,19 @@ def _strips(rows: Tensor) -> list[Tensor]:
     if rows.shape[1] <= _ROWS:
         return [rows @ columns]
     return [strip @ columns for strip in rows.split(_ROWS, dim=1)]
+
+
+# Rows with a gradient (a learned metric) need the torch formulation.
+_energy.implementation(
+    "triton",
+    lambda x: "with gradients" if torch.is_grad_enabled() and x.requires_grad else dispatch.triton_refuses(x),
+    "row sums while similarities stay in registers",
+)(
+    library.define(
+        "energy(Tensor rows, float margin, float alpha, str kind) -> Tensor",
+        _energy_torch,
+        lambda rows, margin, alpha, kind: rows.new_empty(rows.shape[:2]),
+        "scoring.energy",
+    )
+)
+_energy.implementation("torch", lambda x: None, "strips of a matrix product")(_energy_torch)

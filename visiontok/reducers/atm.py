@@ -103,7 +103,7 @@ class ATM(KeyMerger):
         metric, prefix = self.measure(signals), state.prefix
         late = self.by_size(Where(state.layer, max(state.depth, state.layer + 1)))
         if not late and not self.adaptive:
-            return even_odd_map(metric, r, state)
+            return even_odd_map(metric.unsqueeze(1), r, state)
         rows = matching.unit(metric[:, prefix:])
         size = rows.new_ones(rows.shape[:2]) if state.size is None else state.size[:, prefix:, 0]
         live = size > 0

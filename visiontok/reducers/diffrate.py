@@ -105,7 +105,7 @@ class DiffRate(Reducer):
         ranked = stable_order(score, descending=True)
         order, src = ranked[:, :kept], ranked[:, kept : state.items - self.dropped(r, state.layer)]
         rows = matching.unit(signals.HIDDEN[:, prefix:])
-        _, partner = matching.best_match(_take(rows, src).detach(), _take(rows, order).detach())
+        _, partner = matching.best_match(rows.detach(), src, order)
         dst = order.gather(1, partner)
         # Again, for the gradient: the match itself has none.
         similar = (_take(rows, src) * _take(rows, dst)).sum(dim=-1)

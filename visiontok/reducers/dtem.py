@@ -92,7 +92,7 @@ class DTEM(ToMe):
         if r == 0:
             return None
         metric = signals.MODULE(signals.HIDDEN.detach())
-        hard = even_odd_map(metric.detach(), r, state)
+        hard = even_odd_map(metric.detach().unsqueeze(1), r, state)
         # Not so without gradients or with a frozen head: then the map is ToMe's, and as fast.
         return self.relaxed(hard, metric, state) if metric.requires_grad else hard
 

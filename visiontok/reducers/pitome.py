@@ -201,11 +201,11 @@ class PiToMe(Reducer):
         ranked = stable_order(self.energy(rows, where), descending=True)
         if kind == "bsm_pitome":
             a, b = matching.alternate(ranked)
-            found = matching.bipartite(_take(rows, a), _take(rows, b), a, b, r, ascending=False)
+            found = matching.bipartite(rows, a, b, r, ascending=False)
             return matching.Match(*(part + prefix for part in found))
         movable, protected = ranked[:, : 2 * r], ranked[:, 2 * r :]
         a, b = matching.halves(movable) if kind == "text" else matching.alternate(movable)
-        _, partner = matching.best_match(_take(rows, a), _take(rows, b))
+        _, partner = matching.best_match(rows, a, b)
         order = torch.cat((protected, b), dim=1)
         return matching.Match(a + prefix, b.gather(1, partner) + prefix, order + prefix)
 
@@ -218,7 +218,3 @@ class PiToMe(Reducer):
 
     def _block(self, where: Where) -> int:
         return where.layer - 1 if self.site is Site.PRE else where.layer
-
-
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))

@@ -16,6 +16,7 @@ from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
 from visiontok.ops import matching
+from visiontok.ops.constants import wide_dtype
 
 __all__ = ["KeyMerger", "MetricHead", "ToMe", "ToMeKth", "check_onset", "even_odd_map", "head_sum", "onset"]
 
@@ -56,12 +57,11 @@ def even_odd_map(metric: Tensor, r: int, state: TokenState) -> TokenMap:
     """ToMe's step: the r best pairs of even and odd positions merge by size.
 
     Args:
-        metric: (B, N, d) what tokens are compared by.
+        metric: (B, H, N, d) what tokens are compared by: the direction of its mean over heads.
         r: Tokens to merge, 1 … (N - prefix) // 2.
         state: The tokens' history.
     """
-    assign = matching.even_odd_slots(metric, r, state.prefix)
-    return TokenMap(assign, state.n - r, stays=(matching.first_odd(state.prefix), 2), form="complete")
+    return TokenMap.of_slots(matching.match_slots(metric, r, state.prefix), (matching.first_odd(state.prefix), 2))
 
 
 class MetricHead(nn.Linear):
@@ -118,16 +118,20 @@ class KeyMerger(Reducer):
         # The keys that dtem leaves in a model whose blocks all merge.
         return f"blocks.{stage}.visiontok.dtem_{stage}."
 
-    def measure(self, signals: Signals) -> Tensor:
-        """(B, N, d) what tokens are compared by, without gradient."""
-        if self.metric == "key":
-            return head_sum(signals.KEY.detach())
-        source = signals.get(_METRICS[self.metric].value).detach()
-        if self.metric == "hidden":
-            return source
+    def heads(self, signals: Signals) -> Tensor:
+        """(B, H, N, d) what tokens are compared by, in the model's dtype, without gradient; its sum over H counts."""
+        source = _METRICS[self.metric].value
+        if self.metric in ("key", "query", "value"):
+            return signals.raw(source).detach()
+        found = signals.get(source).detach()
         if self.metric == "learned":
-            return signals.MODULE(source).detach()
-        return source.transpose(1, 2).flatten(2) if self.metric == "concat" else head_sum(source)
+            found = signals.MODULE(found).detach()
+        return (found.transpose(1, 2).flatten(2) if self.metric == "concat" else found).unsqueeze(1)
+
+    def measure(self, signals: Signals) -> Tensor:
+        """(B, N, d) what tokens are compared by, in at least fp32 and without gradient."""
+        heads = self.heads(signals)
+        return head_sum(heads.to(wide_dtype(heads.dtype)))
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class ToMe(KeyMerger):
         r = self.amount(budget, state)
         if r == 0:
             return None
-        return even_odd_map(self.measure(signals), r, state)
+        return even_odd_map(self.heads(signals), r, state)
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,8 @@ class VidTLDR(Reducer):
             return None
         prefix, rows = state.prefix, matching.unit(signals.HIDDEN.detach())
         place = torch.arange(state.n, device=rows.device)
-        odd = matching.first_odd(prefix)
-        first = prefix + prefix % 2
-        a, b = place[first::2], place[odd::2]
-        found = matching.bipartite(rows[:, first::2], rows[:, odd::2], a, b, r, ascending=True)
+        a, b = place[prefix + prefix % 2 :: 2], place[matching.first_odd(prefix) :: 2]
+        found = matching.bipartite(rows, a, b, r, ascending=True)
         size = rows.new_ones(rows.shape[0], state.n) if state.size is None else state.size[..., 0].to(rows.dtype)
         # The host adds log sizes to its attention; sharpness is that of the attention without them.
         sizes = size if state.proportional and state.size is not None else None

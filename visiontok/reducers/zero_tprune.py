@@ -16,7 +16,7 @@ from visiontok.core.signals import Signal, Signals, Site
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
-from visiontok.ops import matching, merging
+from visiontok.ops import matching
 from visiontok.ops.attention import Votes
 from visiontok.ops.ordering import stable_order
 
@@ -209,8 +209,7 @@ class ZeroTPrune(Reducer):
         ranked = stable_order(score[:, prefix:], descending=True) + prefix
         kept = ranked.shape[1] - ranked.shape[1] // 2
         rows = matching.unit(key.mean(dim=1) if self.feat == "mean" else key.transpose(1, 2).flatten(2))
-        a, b = merging.select(rows, ranked[:, kept:]), merging.select(rows, ranked[:, :kept])
-        return ranked[:, kept:], matching.best_match(a, b)[0]
+        return ranked[:, kept:], matching.best_match(rows, ranked[:, kept:], ranked[:, :kept])[0]
 
 
 def _whole(value: Any, low: int) -> bool:
