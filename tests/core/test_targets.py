@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from visiontok import reducers
-from visiontok.core.reducer import Reducer
+from visiontok.core.reducer import Reducer, Where
 from visiontok.core.schedule import quarters, split
 from visiontok.core.targets import solve
 from visiontok.errors import ParameterError
@@ -105,3 +105,29 @@ def test_gflops_needs_something_to_count() -> None:
 def test_quarters() -> None:
     found = {depth: quarters(depth) for depth in (12, 24, 4, 2, 1)}
     assert found == {12: (3, 6, 9), 24: (6, 12, 18), 4: (1, 2, 3), 2: (0, 1), 1: (0,)}
+
+
+@pytest.mark.parametrize(("r", "multiple", "want"), [
+    (13, 16, [192, 176, 160, 144, 128, 112, 112, 96, 80, 64, 48, 48]),
+    (8, 16, [192, 176, 176, 160, 160, 144, 144, 128, 128, 112, 112, 96]),
+    (13, 1, [197 - 13 * i for i in range(1, 13)]),
+])  # fmt: skip
+def test_lengths_are_rounded_to_the_nearest_multiple(r: int, multiple: int, want: list[int]) -> None:
+    reducer = reducers.create("tome", r=r, round_tokens=multiple)
+    budgets = solve(reducer, 12, 196, prefix=1)
+    lengths, now = [], 197
+    for layer in range(12):
+        now -= reducer.removed(now - 1, budgets[layer], Where(layer, 12, start=196), 1)
+        lengths.append(now)
+    assert lengths == want
+
+
+@pytest.mark.parametrize("value", [0, -16, 2.5, True, "16"])
+def test_a_multiple_must_be_a_positive_int(value: object) -> None:
+    with pytest.raises(ParameterError, match="round_tokens"):
+        reducers.create("tome", r=13, round_tokens=value)
+
+
+def test_rounding_needs_a_budget() -> None:
+    with pytest.raises(ParameterError, match="tome_kth"):
+        reducers.create("tome_kth", k=2, round_tokens=16)

@@ -200,7 +200,7 @@ def bind(
             raise IncompatibleError(f"{part.name} cannot be used on {type(model).__name__}: {fits.reason}")
         if part.site is Site.HEAD:
             continue
-        for layer, budget in solve(part, depth, length - prefix, measure).items():
+        for layer, budget in solve(part, depth, length - prefix, measure, prefix).items():
             _check_place(part, layer, depth)
             point = Point(part.site, layer, "", part, budget, 0, 0, order=order)
             acts = part.always or not budget.idle

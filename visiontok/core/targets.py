@@ -1,4 +1,4 @@
-"""Targets for a whole model, `gflops=` and `tokens=`, turned into a budget for every layer."""
+"""Targets for a whole model, `gflops=`, `tokens=` and `round_tokens=`, turned into a budget for every layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ Measure = Callable[[Reducer, Removals], float]
 Way = tuple[Sequence[int], str]
 
 
-def solve(reducer: Reducer, depth: int, items: int, measure: Measure | None = None) -> dict[int, Budget]:
+def solve(
+    reducer: Reducer, depth: int, items: int, measure: Measure | None = None, prefix: int = 0
+) -> dict[int, Budget]:
     """The budget of every layer at which a reducer acts.
 
     Args:
@@ -27,10 +29,30 @@ def solve(reducer: Reducer, depth: int, items: int, measure: Measure | None = No
         items: Non-prefix tokens that the model starts with.
         measure: GMACs of the model when the reducer removes given numbers of tokens at its points; for `gflops`. If it
             has a method `exact`, calls may be predictions, which that one then confirms.
+        prefix: Leading tokens, which count where lengths are rounded.
 
     Raises:
         ParameterError: The target is out of reach.
     """
+    budgets = _solved(reducer, depth, items, measure)
+    return budgets if reducer.round_tokens is None else _rounded(reducer, budgets, depth, items, prefix)
+
+
+def _rounded(reducer: Reducer, budgets: dict[int, Budget], depth: int, items: int, prefix: int) -> dict[int, Budget]:
+    # Each length becomes the multiple next to what was asked for there; where that is the length already, nothing
+    # happens at all, so no error adds up and points fall away.
+    multiple, wanted, now = reducer.round_tokens or 1, items, items
+    made: dict[int, Budget] = {}
+    for layer, budget in budgets.items():
+        where = Where(layer, depth, start=items)
+        wanted -= reducer.removed(wanted, budget, where, prefix)
+        nearest = max((2 * (wanted + prefix) + multiple) // (2 * multiple), 1) * multiple
+        made[layer] = Budget(r=max(now + prefix - nearest, 0))
+        now -= reducer.removed(now, made[layer], where, prefix)
+    return made
+
+
+def _solved(reducer: Reducer, depth: int, items: int, measure: Measure | None) -> dict[int, Budget]:
     if reducer.tokens is None and reducer.gflops is None:
         return reducer.budgets(depth)
     layers = reducer.layers(depth)
