@@ -60,13 +60,18 @@ def merged(
         norm: Layer norm to apply to the values.
 
     Returns:
-        None where no kernel does it: none for this device or dtype, gradients, soft maps, counts per image.
+        None where no kernel does it: none for this device or dtype, soft maps, counts per image, gradients of more than
+        a plain merge.
     """
     if tm.soft is not None or tm.counts is not None or tm.form == "identity" or not fusing.fuses(x):
         return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, tm.weight, size)):
-        return None
     flat = None if size is None else size.squeeze(-1)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, tm.weight, tm.mass, size)):
+        simple = tm.form == "complete" and tm.mode == "mean" and tm.weight is tm.mass is None
+        if not simple or y is not None or norm is not None or (size is not None and size.requires_grad):
+            return None
+        out, new_size = fusing.merge_with_gradient(x, tm.groups, tm.assign, flat)
+        return Merged(out, new_size.unsqueeze(-1), None)
     alone = tm.form == "select" and tm.mode != "sum"
     made = fusing.merge(
         x,

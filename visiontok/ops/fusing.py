@@ -117,12 +117,12 @@ def _merge_torch(
 
 
 def _assigned(csr: Tensor, src: Tensor) -> Tensor:
-    # (B, N) int64 slot of each token, -1 for the dropped ones behind the last slot.
+    # (B, N) int64 slot of each token, -1 where no slot names it. What stands behind the last slot is not read.
     batch, length = src.shape
     place = torch.arange(length, device=src.device, dtype=csr.dtype).repeat(batch, 1)
     slot = torch.searchsorted(csr.contiguous(), place, right=True) - 1
-    slot = slot.masked_fill(slot >= csr.shape[1] - 1, -1)
-    return torch.empty_like(slot).scatter_(1, src.long(), slot)
+    token = torch.where(slot < csr.shape[1] - 1, src.long(), length)
+    return slot.new_full((batch, length + 1), -1).scatter_(1, token, slot)[:, :length]
 
 
 def _shares(weight: Tensor, assign: Tensor, count: int) -> Tensor:
@@ -153,7 +153,7 @@ def _operator(
     # The flat signature that torch's schemas allow; absent results are empty tensors.
     norm = Norm(norm_weight, norm_bias, eps) if normed else None
     made = _merge_torch(x, csr, src, y, gamma, weight, size, mode, rows, norm)
-    return tuple(x.new_empty(0) if part is None else part for part in made)
+    return tuple(x.new_empty(0) if part is None else part.contiguous() for part in made)
 
 
 def _fake(x: Tensor, csr: Tensor, src: Tensor, y: Any, gamma: Any, weight: Any, size: Any, mode: str, rows: Any,
@@ -206,41 +206,35 @@ def _merge_cpp(
 _merge.implementation("torch", lambda x: None, "segment sums")(_merge_torch)
 
 
-def merge_with_gradient(
-    x: Tensor, groups: Groups, assign: Tensor, weight: Tensor | None, size: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The mean of `merge` with gradients for x: forward one kernel, backward a gather.
+def merge_with_gradient(x: Tensor, groups: Groups, assign: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The size-weighted mean of `merge` with gradients for x: forward one kernel, backward a gather.
 
     Args:
         x: (B, N, C).
         groups: Tokens by slot.
         assign: (B, N) int64, the same map.
-        weight: (B, N) weights without gradient, or None for the sizes.
-        size: (B, N) sizes, or None for ones.
+        size: (B, N) sizes without gradient, or None for ones.
 
     Returns:
         (B, K, C) values and (B, K) sizes.
     """
-    return _FusedMean.apply(x, weight, size, groups.csr, groups.src, assign)
+    return _FusedMean.apply(x, size, groups.csr, groups.src, assign)
 
 
 class _FusedMean(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor | None, size: Tensor | None, csr: Tensor, src: Tensor, assign: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        made = merge(x, Groups(csr, src), weight=weight, size=size)
+    def forward(x: Tensor, size: Tensor | None, csr: Tensor, src: Tensor, assign: Tensor) -> tuple[Tensor, Tensor]:
+        made = merge(x, Groups(csr, src), size=size)
         return made.out, made.size
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, size, csr, _, assign = inputs
+        x, size, csr, _, assign = inputs
         ctx.mark_non_differentiable(output[1])
-        given = weight if weight is not None else size
-        given = torch.ones_like(assign, dtype=wide_dtype(x.dtype)) if given is None else given
+        given = torch.ones_like(assign, dtype=wide_dtype(x.dtype)) if size is None else size
         ctx.save_for_backward(_shares(given, assign, csr.shape[1] - 1), assign)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         share, assign = ctx.saved_tensors
-        return spread(grads[0], assign, share=share), None, None, None, None, None
+        return spread(grads[0], assign, share=share), None, None, None, None
