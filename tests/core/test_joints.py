@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import visiontok as vt
 from visiontok.core.joints import Joint
+from visiontok.core.state import TokenState, apply
+from visiontok.core.tokens import TokenMap
 from visiontok.ops import cpu, dispatch
 
 timm = pytest.importorskip("timm")
@@ -175,3 +177,15 @@ def test_other_methods_record_whole_with_operators(name: str) -> None:
     with torch.no_grad(), forced("triton", OPS):
         got = torch.compile(model, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+@needs_library
+def test_selected_padding_keeps_its_values() -> None:
+    x = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    size = torch.tensor([1.0, 2.0, 0.0, 3.0, 0.0]).view(1, 5, 1)
+    tm = TokenMap.keep(torch.tensor([[2, 3]]), 5, prefix=1)
+    with forced("cpp"):
+        reduced, state = apply(tm, x, TokenState.initial(x, 1).changed(size=size, padded=True))
+    assert torch.equal(reduced, x[:, [0, 2, 3]])
+    assert state.size is not None
+    assert state.size.flatten().tolist() == [1.0, 0.0, 3.0]

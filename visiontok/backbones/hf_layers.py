@@ -16,6 +16,7 @@ from visiontok.core.runtime import Stage
 from visiontok.core.signals import Offers
 from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
+from visiontok.ops.attending import as_mask, folds
 from visiontok.ops.attention import fold_bias
 from visiontok.ops.constants import wide_dtype
 
@@ -54,9 +55,11 @@ class PatchedAttention:
         tap.q, tap.k, tap.v = q, k, v
         name, host = self.config._attn_implementation, _host(self)
         attend = host.ALL_ATTENTION_FUNCTIONS.get_interface(name, host.eager_attention_forward)
-        if attention_mask is not None and name not in MASKED:
+        if attention_mask is not None and (name not in MASKED or (name == "sdpa" and folds(q, attention_mask))):
             q, k, v = fold_bias(q, k, v, attention_mask, scaling)
             attention_mask = None
+        elif attention_mask is not None and name == "sdpa":
+            attention_mask = as_mask(attention_mask, q)
         dropout = dropout if self.training else 0.0
         y, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return out(y[..., : tap.v.shape[-1]].flatten(2)), weights
@@ -143,7 +146,7 @@ class PatchedLayer:
         attn, (first, second) = getattr(self, self._visiontok_attention), self._visiontok_norms
         normed, tap = getattr(self, first)(x), Tap()
         name = attn.config._attn_implementation
-        dtype = bias_dtype(normed, name == "sdpa") if name in MASKED else wide_dtype(normed.dtype)
+        dtype = bias_dtype(normed, name != "eager", attends=True)
         bias = self._visiontok_bias(state, dtype, mask, given)
         y, _ = attn(normed, bias, tap=tap, **self._visiontok_placed(state, given))
         offered = tap.offers(getattr(attn, attn._visiontok_names[0]), bias, state.prefix)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from visiontok.backbones.hf_layers import MASKED, PatchedAttention, PatchedLayer
+from visiontok.backbones.hf_layers import PatchedAttention, PatchedLayer
 from visiontok.backbones.hf_outputs import Holder, pair, presents
 from visiontok.backbones.timm_blocks import PatchedNorm
 from visiontok.core.backbone import Backbone, Block, Swap, class_paths, own_class
@@ -71,7 +71,7 @@ class VideoMAELayer:
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, **kwargs: Any) -> Ran:
         attn, normed, tap = self.attention.attention, self.layernorm_before(x), Tap()
         name = attn.config._attn_implementation
-        bias = state.key_bias(bias_dtype(normed, name == "sdpa") if name in MASKED else torch.float32)
+        bias = state.key_bias(bias_dtype(normed, name != "eager", attends=True))
         y = self.attention(normed, attention_mask=bias, tap=tap, **kwargs)
         offered = tap.offers(attn.scaling, bias, state.prefix)
         joint = Joint(lambda y: y, self.layernorm_after)

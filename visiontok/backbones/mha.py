@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visiontok.core.backbone import class_paths, own_class
 from visiontok.core.blocks import Tap
+from visiontok.ops import attending
 
 __all__ = ["PatchedAttention", "attend", "inner", "obstacle", "project"]
 
@@ -37,7 +38,7 @@ class PatchedAttention:
         if look:
             return query, None
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(tap.q, tap.k, tap.v, attn_mask=bias, dropout_p=dropout)
+        y = attending.attend(tap.q, tap.k, tap.v, bias, scale=tap.q.shape[-1] ** -0.5, dropout_p=dropout)
         # Not the module: torch reads its weights too, so an adapter around it alone has no effect in either.
         return F.linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias), None
 

@@ -18,6 +18,7 @@ from visiontok.core.runtime import Stage, carry_state
 from visiontok.core.signals import Offers
 from visiontok.core.state import TokenState
 from visiontok.errors import IncompatibleError
+from visiontok.ops.attending import attend
 
 __all__ = [
     "MODULE",
@@ -82,7 +83,7 @@ class PatchedAttention:
         if look:
             return x
         dropout = self.attn_drop.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=_scale(self))
+        y = attend(q, k, v, bias, scale=_scale(self), dropout_p=dropout)
         if self.head_scale is not None:
             y = y * self.head_scale
         return self.out_drop(self.out_proj(self.ln_inner(y.transpose(1, 2).flatten(2))))
@@ -109,7 +110,7 @@ class PatchedBlock:
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
         tap, h = Tap(), self.ln_1(x)
-        bias = self._visiontok_bias(state, bias_dtype(h))
+        bias = self._visiontok_bias(state, bias_dtype(h, attends=True))
         y = self._visiontok_attend(h, tap, bias)
         offered = tap.offers(_scale(self.attn), bias, state.prefix)
         joint = Joint(self.ls_1, self.ln_2, self.ls_1)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block, sized_mean
@@ -14,6 +13,7 @@ from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage, attach_state, carry_state, state_of
 from visiontok.core.signals import ATTENTION, Offers, Signal, attention_offers
 from visiontok.core.state import TokenState
+from visiontok.ops.attending import attend
 from visiontok.ops.attention import Votes
 
 __all__ = ["mix"]
@@ -34,7 +34,7 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tens
     """
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        return attend(q, k, v, bias, scale=q.shape[-1] ** -0.5, dropout_p=dropout)
     logits = (q * attn.scale) @ k.transpose(-2, -1)
     logits = logits if bias is None else logits + bias
     return attn.attn_drop(logits.softmax(dim=-1)) @ v
@@ -94,7 +94,7 @@ def _differ(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
 
 
 def _attend(attn: Any, x: Tensor, state: TokenState) -> tuple[Tensor, Offers]:
-    bias = state.key_bias(bias_dtype(x, attn.fused_attn))
+    bias = state.key_bias(bias_dtype(x, attn.fused_attn, attends=True))
     if not hasattr(attn, "_visiontok_offers"):
         return attn(x, attn_mask=bias), {}
     tap = Tap()
@@ -207,7 +207,7 @@ class _ParallelScalingBlock(PatchedBlock):
         return _offered(ahead, self._visiontok_offers)
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
-        bias = state.key_bias(bias_dtype(x, self.fused_attn))
+        bias = state.key_bias(bias_dtype(x, self.fused_attn, attends=True))
         y, *qkv = self._visiontok_parts(x)
         mixed, y = self._visiontok_mix(*qkv, bias), self.mlp_drop(self.mlp_act(y))
         if getattr(self, "out_proj", None) is not None:

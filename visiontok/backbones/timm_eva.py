@@ -86,7 +86,7 @@ class PatchedAttention:
 
 
 def _attend(attn: Any, x: Tensor, rope: Tensor | None, state: TokenState) -> tuple[Tensor, Offers]:
-    bias = state.key_bias(bias_dtype(x, attn.fused_attn))
+    bias = state.key_bias(bias_dtype(x, attn.fused_attn, attends=True))
     if not issubclass(type(attn), PatchedAttention):
         return attn(x, rope=rope, attn_mask=bias), {}
     tap = Tap()

@@ -106,7 +106,7 @@ def _followed(table: Tensor, state: TokenState) -> Tensor:
 
 
 def _attend(attn: Any, x: Tensor, state: TokenState, shared: Tensor | None) -> tuple[Tensor, Offers]:
-    bias, tap = _bias(attn, state, shared, bias_dtype(x, attn.fused_attn)), Tap()
+    bias, tap = _bias(attn, state, shared, bias_dtype(x, attn.fused_attn, attends=True)), Tap()
     return attn(x, tap=tap, bias=bias), tap.offers(attn.scale, bias, state.prefix)
 
 

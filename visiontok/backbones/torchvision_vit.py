@@ -64,7 +64,7 @@ class PatchedBlock:
         return offers_ahead(lambda: mha.project(attn, self.ln_1(x)), attn.head_dim**-0.5, bias, state.prefix)
 
     def _visiontok_run(self: Any, x: Tensor, state: TokenState) -> Ran:
-        bias = state.key_bias(bias_dtype(x))
+        bias = state.key_bias(bias_dtype(x, attends=True))
         tap = Tap()
         y = mha.attend(self.self_attention, self.ln_1(x), tap, bias)
         offered = tap.offers(self.self_attention.head_dim**-0.5, bias, state.prefix)

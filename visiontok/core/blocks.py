@@ -51,13 +51,16 @@ def offers_ahead(
     return attention_offers(read, scale, bias, prefix)
 
 
-def bias_dtype(x: Tensor, fused: bool = True) -> torch.dtype:
+def bias_dtype(x: Tensor, fused: bool = True, *, attends: bool = False) -> torch.dtype:
     """The dtype in which an attention over x takes a bias over keys.
 
     Args:
         x: Its input.
         fused: Whether it is the fused kernel.
+        attends: Whether that is `ops.attending.attend`, which finds the dtype itself.
     """
+    if attends and fused:
+        return wide_dtype(x.dtype)
     # Only the CPU's fused kernel takes an fp32 bias with half-precision queries.
     exact = x.device.type == "cpu" and fused and not torch.is_autocast_enabled("cpu")
     return wide_dtype(x.dtype) if exact else x.dtype

@@ -80,7 +80,8 @@ def merged(
         gamma=gamma,
         weight=flat if tm.weight is None else tm.weight,
         size=flat if tm.mass is None else tm.mass,
-        mode="mean" if alone else tm.mode,
+        # A maximum over one token copies it whatever its size; a mean would lose padding of size 0.
+        mode="amax" if alone else tm.mode,
         norm=norm,
     )
     sized = tm.form != "select" or size is not None or tm.mass is not None

@@ -192,12 +192,16 @@ class Stage:
         Returns:
             The hidden tokens, the normed ones for the MLP, and the state.
         """
-        acting = [step for step in self.steps.get("MID", ()) if self._does(step, state)]
-        if len(acting) != 1 or not fusing.fuses(x):
+        steps = self.steps.get("MID", ())
+        if len(steps) != 1 or not fusing.fuses(x):
             x, state = self.mid(x + joint.settle(y), state, offered)
             return x, joint.norm(x), state
+        amount = self._amount(steps[0], state)
+        if amount == 0 and not steps[0].reducer.always:
+            x = x + joint.settle(y)
+            return x, joint.norm(x), state
         seam = Seam(x, y, joint)
-        x, state = self._step(acting[0], self._amount(acting[0], state), seam, state, offered)
+        x, state = self._step(steps[0], amount, seam, state, offered)
         return x, joint.norm(x) if seam.normed is None else seam.normed, state
 
     def leave(self, x: Tensor, state: TokenState, offered: Offers) -> Tensor:
