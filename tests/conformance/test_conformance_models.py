@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 import visiontok as vt
 from visiontok import backbones
-from visiontok.core.reducer import Where
 from visiontok.core.chain import LayerTrace
+from visiontok.core.reducer import Where
 from visiontok.core.signals import Site
 from visiontok.errors import ParameterError
 

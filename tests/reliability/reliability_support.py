@@ -94,3 +94,5 @@ def _among(names: tuple[str, ...]) -> pytest.MarkDecorator:
 
 every_reducer = _among(_KINDS)
 every_reducer_slowly = _among(_FEW)
+# Where a single method takes ten seconds.
+every_reducer_at_length = _among(_FEW[:1])

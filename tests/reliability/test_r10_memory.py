@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import every_reducer_slowly, images, patched_tiny, settings, tiny
+from reliability_support import every_reducer_at_length, every_reducer_slowly, images, patched_tiny, settings, tiny
 
 import visiontok as vt
 from visiontok.core.state import TokenState
@@ -30,7 +30,7 @@ def kept() -> Any:
     gc.enable()
 
 
-@every_reducer_slowly
+@every_reducer_at_length
 def test_no_growth_over_three_hundred_forwards(name: str, kept: int) -> None:
     model, _ = patched_tiny(name, depth=2, embed_dim=12)
     x = images(1)

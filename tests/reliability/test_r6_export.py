@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import every_reducer_slowly, fitting, images, patched_tiny
+from reliability_support import every_reducer_at_length, every_reducer_slowly, fitting, images, patched_tiny
 
 DYNAMIC = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
 
@@ -21,7 +21,7 @@ def _export(model: Any, strict: bool) -> torch.export.ExportedProgram:
 
 # Strict export traces by the same Dynamo that test_r5 runs for every reducer.
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
-@every_reducer_slowly
+@every_reducer_at_length
 def test_export_with_a_dynamic_batch(name: str, strict: bool) -> None:
     model, _ = patched_tiny(name, depth=4)
     program = _export(model, strict)
