@@ -241,7 +241,8 @@ def test_offload_hooks_before_and_after_patching(name: str, before: bool) -> Non
     red = vt.patch(model, "tome", r=3)
     if not before:
         accelerate.cpu_offload(model, torch.device("cpu"))
-    assert torch.equal(run(model, x), want)
+    # A norm that a hook has to load is called as a module; else it may be part of the merge, which rounds otherwise.
+    torch.testing.assert_close(run(model, x), want, rtol=0, atol=1e-6)
     assert red.tokens[-1] < red.plan.length
     red.unpatch()
     assert torch.equal(run(model, x), run(make(name), x))

@@ -30,13 +30,40 @@ def kernels(name: str, *, interpret: bool) -> Iterator[ModuleType]:
     triton = pytest.importorskip("triton")
     before = _forget()
     # The interpreter decides when a kernel is decorated, and again when the bodies of helpers run.
-    with triton.knobs.runtime.scope():
+    with triton.knobs.runtime.scope(), _standard_interpreted() if interpret else contextlib.nullcontext():
         triton.knobs.runtime.interpret = interpret
         try:
             yield importlib.import_module(f"{PACKAGE}.{name}")
         finally:
             _forget()
             sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def _standard_interpreted() -> Iterator[None]:
+    # sum, max, zeros, cdiv and more are themselves kernels' helpers, decorated when Triton was imported.
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    remapped = interpreter._patch_lang(tl.standard.sum.fn)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # Each call of a helper would remap the language again, which takes longer than most helpers.
+            direct = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)  # noqa: E731
+            patch.setattr(interpreter.InterpretedFunction, "__call__", direct)
+            # The compiler does not look for overflows either.
+            options = interpreter.InterpreterOptions(sanitize_overflow=False)
+            patch.setattr(interpreter.interpreter_builder, "options", options)
+            made: dict[Any, Any] = {}
+            for module in (tl.standard, tl):
+                for name, helper in list(vars(module).items()):
+                    if isinstance(helper, JITFunction):
+                        helper = made.setdefault(helper.fn, interpreter.InterpretedFunction(helper.fn))
+                        patch.setattr(module, name, helper)
+            yield
+    finally:
+        remapped.restore()
 
 
 def _forget() -> dict[str, ModuleType]:
@@ -97,7 +124,18 @@ def build(
     amd = isinstance(arch, str)
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
     made = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
-    if amd:
+    return read(made)
+
+
+def read(made: Any) -> Built:
+    """Resources and instructions of a compiled kernel.
+
+    Args:
+        made: What `triton.compile` or a warm-up returned, for NVIDIA or AMD (registers and instructions are not read).
+    """
+    import triton
+
+    if "cubin" not in made.asm:
         return Built(0, 0, made.metadata.shared, {})
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

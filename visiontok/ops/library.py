@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["define", "launcher"]
 
@@ -25,8 +26,13 @@ def launcher(path: str) -> Callable[..., Any]:
     """
     module, _, name = path.rpartition(".")
 
-    def launch(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f"visiontok.ops.triton.{module}"), name)(*args, **kwargs)
+    def launch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = getattr(importlib.import_module(f"visiontok.ops.triton.{module}"), name)
+        if not x.is_cuda or x.device.index == torch.cuda.current_device():
+            return run(x, *args, **kwargs)
+        # Triton launches on the current device, whatever the tensors lie on.
+        with torch.cuda.device(x.device):
+            return run(x, *args, **kwargs)
 
     return launch
 

@@ -12,6 +12,8 @@ from visiontok.ops.constants import wide_dtype
 
 __all__ = ["by_rows", "key_votes", "prefix_rows", "rows_of", "strip"]
 
+# Widest heads of the kernels: their tiles hold whole rows.
+_WIDEST = 128
 # Query rows whose probabilities exist at one time.
 _ROWS = 64
 # Most heads times rows for which products with zeros are cheaper than copying the keys into another order.
@@ -21,6 +23,8 @@ _FEW = 32
 def _refuses(query: Tensor) -> str | None:
     if torch.is_grad_enabled() and query.requires_grad:
         return "with gradients"
+    if query.dim() == 4 and query.shape[-1] > _WIDEST:
+        return f"heads wider than {_WIDEST}"
     return dispatch.triton_refuses(query)
 
 
