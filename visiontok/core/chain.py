@@ -115,5 +115,5 @@ def _same_values(source: Tensor, x: Tensor) -> bool:
 
 
 def recomputing() -> bool:
-    # Checkpointing runs blocks again inside backward; those runs are not the last forward.
+    """Whether this runs inside backward, as checkpointing does with blocks: such a run is not the last forward."""
     return torch._C._current_graph_task_id() != -1
