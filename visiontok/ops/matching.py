@@ -195,7 +195,7 @@ _plan.implementation("triton", dispatch.triton_refuses, "ranks and slots by coun
         " -> (Tensor, Tensor, Tensor)",
         lambda *args: _narrow(*_plan_torch(*args)),
         _plan_fake,
-        "matching.plan",
+        "planning.plan",
     )
 )
 _plan.implementation("torch", lambda x: None, "one stable sort and scatters")(_plan_torch)
