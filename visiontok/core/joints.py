@@ -46,8 +46,8 @@ class Merged(NamedTuple):
 
 
 def merged(
-    tm: TokenMap, x: Tensor, size: Tensor | None, *, y: Tensor | None = None, gamma: Tensor | None = None,
-    norm: fusing.Norm | None = None,
+    tm: TokenMap, x: Tensor, size: Tensor | None, kernel: fusing.Kernel | None, *, y: Tensor | None = None,
+    gamma: Tensor | None = None, norm: fusing.Norm | None = None,
 ) -> Merged | None:  # fmt: skip
     """Values and sizes of the slots of the tokens `x + gamma * y`, and the values normed, by one kernel.
 
@@ -55,6 +55,7 @@ def merged(
         tm: The map.
         x: (B, N, C).
         size: (B, N, 1) token sizes, or None for all ones.
+        kernel: The answer of `fusing.kernel(x)`.
         y: (B, N, C) a branch to add first.
         gamma: (C,) its scale.
         norm: Layer norm to apply to the values.
@@ -63,7 +64,7 @@ def merged(
         None where no kernel does it: none for this device or dtype, soft maps, counts per image, gradients of more than
         a plain merge.
     """
-    if tm.soft is not None or tm.counts is not None or tm.form == "identity" or not fusing.fuses(x):
+    if kernel is None or tm.soft is not None or tm.counts is not None or tm.form == "identity":
         return None
     flat = None if size is None else size.squeeze(-1)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, tm.weight, tm.mass, size)):
@@ -76,6 +77,7 @@ def merged(
     made = fusing.merge(
         x,
         _picks(tm) if alone else tm.groups,
+        kernel,
         y=y,
         gamma=gamma,
         weight=flat if tm.weight is None else tm.weight,
@@ -112,7 +114,7 @@ class Joint(NamedTuple):
 
     def parts(self, x: Tensor, y: Tensor) -> tuple[Tensor | None, fusing.Norm] | None:
         """(gamma, norm) if the seam is one of plain scale and plain layer norm that a kernel may replace, else None."""
-        if not self.plain or torch.promote_types(x.dtype, y.dtype) != x.dtype:
+        if not self.plain or (x.dtype != y.dtype and torch.promote_types(x.dtype, y.dtype) != x.dtype):
             return None
         gamma, norm = None, self.norm
         if isinstance(self.scale, Tensor):
@@ -124,9 +126,10 @@ class Joint(NamedTuple):
             gamma = getattr(self.scale, name)
         if _forward(norm) not in _NORMS or getattr(norm, "_fast_norm", False) or _hooked(norm):
             return None
-        if norm.normalized_shape != (x.shape[-1],) or (norm.weight is not None and norm.weight.dtype != x.dtype):
+        weight = norm.weight
+        if norm.normalized_shape != (x.shape[-1],) or (weight is not None and weight.dtype != x.dtype):
             return None
-        return gamma, fusing.Norm(norm.weight, norm.bias, norm.eps)
+        return gamma, fusing.Norm(weight, norm.bias, norm.eps)
 
 
 class Seam:
@@ -136,13 +139,14 @@ class Seam:
         x: (B, N, C) the block's input.
         y: (B, N, C) output of its attention.
         joint: How the block joins them.
+        kernel: The answer of `fusing.kernel(x)`.
 
     Attributes:
         normed: (B, K, C) the result of the joint's norm, if the kernel made it.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, joint: Joint) -> None:
-        self.x, self._y, self._joint = x, y, joint
+    def __init__(self, x: Tensor, y: Tensor, joint: Joint, kernel: fusing.Kernel) -> None:
+        self.x, self._y, self._joint, self._kernel = x, y, joint, kernel
         self._hidden: Tensor | None = None
         self.normed: Tensor | None = None
 
@@ -160,9 +164,9 @@ class Seam:
             return None
         (gamma, norm), formed = parts, self._hidden
         if formed is None:
-            made = merged(tm, self.x, size, y=self._y, gamma=gamma, norm=norm)
+            made = merged(tm, self.x, size, self._kernel, y=self._y, gamma=gamma, norm=norm)
         else:
-            made = merged(tm, formed, size, norm=norm)
+            made = merged(tm, formed, size, self._kernel, norm=norm)
         self.normed = None if made is None else made.normed
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ __all__ = [
 
 # Signals that cost nothing: they need no part of the block.
 _FREE = {Signal.HIDDEN, Signal.GRID, Signal.RAND}
+# Most lengths whose removals are remembered per block.
+_LENGTHS = 256
 _STATE = "_visiontok_state"
 _GRID = "_visiontok_grid"
 
@@ -116,6 +118,7 @@ class Stage:
     grid_only: bool = False
     positions: str | None = None
     aid: Any = None
+    _amounts: dict[Any, int] = field(default_factory=dict, repr=False, compare=False)
 
     def enter(self, x: Tensor) -> TokenState:
         """The state of x at this block; block 0 opens a new one.
@@ -193,25 +196,30 @@ class Stage:
             The hidden tokens, the normed ones for the MLP, and the state.
         """
         steps = self.steps.get("MID", ())
-        if len(steps) != 1 or not fusing.fuses(x):
+        kernel = fusing.kernel(x) if len(steps) == 1 else None
+        if kernel is None:
             x, state = self.mid(x + joint.settle(y), state, offered)
             return x, joint.norm(x), state
         amount = self._amount(steps[0], state)
         if amount == 0 and not steps[0].reducer.always:
             x = x + joint.settle(y)
             return x, joint.norm(x), state
-        seam = Seam(x, y, joint)
+        seam = Seam(x, y, joint, kernel)
         x, state = self._step(steps[0], amount, seam, state, offered)
         return x, joint.norm(x) if seam.normed is None else seam.normed, state
 
     def leave(self, x: Tensor, state: TokenState, offered: Offers) -> Tensor:
         """Ends spans and reduces before the next block, and attaches the state to the tensor handed on."""
+        if not state.frames and "NEXT" not in self.steps:
+            return self._hand_on(x, state.changed(layer=self.layer + 1, marks=(*state.marks, state.trail)))
         state = state.changed(layer=self.layer + 1)
         while state.frames and state.frames[-1].until == self.layer + 1:
             x, state = state.close(x)
             offered = {}
         x, state = self._reduce("NEXT", x, state, offered)
-        state = state.changed(marks=(*state.marks, state.trail))
+        return self._hand_on(x, state.changed(marks=(*state.marks, state.trail)))
+
+    def _hand_on(self, x: Tensor, state: TokenState) -> Tensor:
         setattr(x, _STATE, state)
         if not torch.compiler.is_compiling() and not recomputing():
             self.chain.notes.tokens.append(int(state.n))
@@ -219,6 +227,18 @@ class Stage:
         return x
 
     def _amount(self, step: Step, state: TokenState) -> int:
+        if torch.compiler.is_compiling():
+            return self._counted(step, state)
+        # The same lengths come again with every batch.
+        key = (step.order, state.layer, state.n, state.n0, state.prefix, state.prefix0, state.grid)
+        found = self._amounts.get(key)
+        if found is None:
+            if len(self._amounts) >= _LENGTHS:
+                self._amounts.clear()
+            found = self._amounts[key] = self._counted(step, state)
+        return found
+
+    def _counted(self, step: Step, state: TokenState) -> int:
         where = Where(state.layer, self.depth, start=state.n0 - state.lead, grid=state.grid)
         return step.reducer.removed(state.items, step.budget, where, state.prefix)
 

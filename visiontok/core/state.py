@@ -15,7 +15,7 @@ from visiontok.core.joints import Seam, merged
 from visiontok.core.positions import Positions
 from visiontok.core.tokens import TokenMap
 from visiontok.errors import ParameterError
-from visiontok.ops import merging
+from visiontok.ops import fusing, merging
 from visiontok.ops.constants import wide_dtype
 from visiontok.ops.restoring import Fill, restore
 
@@ -284,6 +284,7 @@ class TokenState:
         if tm.carry is not None:
             carry.update(tm.carry)
         moved, positions = tm.form != "identity" or taken > 0, self.positions
+        own = tm.assign[:, : self.n] if taken else tm.assign
         if moved and positions is not None:
             positions = positions.advance(tm, self.size)
         return self.changed(
@@ -298,7 +299,7 @@ class TokenState:
             prefix0=self.lead,
             stash=self.stash if tm.stash is None else tm.stash,
             memo=self.memo if tm.memo is None else {**self.memo, **tm.memo},
-            trail=(*self.trail, Moved(tm.assign[:, : self.n], tm.back)) if moved else self.trail,
+            trail=(*self.trail, Moved(own, tm.back)) if moved else self.trail,
         )
 
 
@@ -351,7 +352,7 @@ def apply(tm: TokenMap, x: Any, state: TokenState) -> tuple[Any, TokenState]:
         if stream.shape[:2] != tm.assign.shape:
             raise ParameterError(f"x is {tuple(stream.shape)}, the map is over {tuple(tm.assign.shape)} tokens.")
     first, alone = streams[0], len(streams) == 1
-    fused = merged(tm, first, size_before) if alone else None
+    fused = merged(tm, first, size_before, fusing.kernel(first)) if alone else None
     if fused is not None:
         return (fused.x,) if isinstance(x, tuple) else fused.x, state.advance(tm, fused.size)
     if tm.merges_by_size and alone:

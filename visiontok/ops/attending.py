@@ -40,6 +40,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float
     Returns:
         (B, H, Nq, e).
     """
+    if bias is None and _attend.forced is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     return _attend(q, k, v, bias, scale, dropout_p)
 
 
@@ -50,6 +52,8 @@ def folds(q: Tensor, bias: Tensor) -> bool:
 
 def as_mask(bias: Tensor, q: Tensor) -> Tensor:
     """The bias in the dtype in which torch's function takes it as a mask beside q."""
+    if bias.dtype == q.dtype:
+        return bias
     # Only the CPU's fused kernel takes an fp32 mask with queries in half precision.
     exact = q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     return bias.to(wide_dtype(q.dtype) if exact else q.dtype)

@@ -14,6 +14,7 @@ from visiontok.ops import dispatch
 
 __all__ = ["arange_row", "length_of", "shape_constant", "wide_dtype", "without_autocast"]
 
+_AS_IT_IS = contextlib.nullcontext()
 _WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32}
 
 
@@ -27,7 +28,7 @@ def without_autocast(device: str) -> Any:
     # Entering autocast costs more than a small op, so it is done only where there is something to switch off.
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 def length_of(x: Tensor, axis: int = 1) -> int:

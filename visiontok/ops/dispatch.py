@@ -170,7 +170,11 @@ class Op:
         """Returns the implementation for a call whose main operand is `x`."""
         if self.forced is not None:
             return next(i for i in self.implementations if i.name == self.forced)
-        return next(i for i in self.implementations if i.refuses(x) is None)
+        # A plain loop: this is asked several times per block.
+        for implementation in self.implementations:
+            if implementation.refuses(x) is None:
+                return implementation
+        raise LookupError(f"op {self.name} has no implementation that takes every call.")
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         chosen = self.choose(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from visiontok.ops import cpu, dispatch, library
 from visiontok.ops.constants import wide_dtype
 from visiontok.ops.merging import Groups, segment_count, segment_max, segment_sum, spread
 
-__all__ = ["Merged", "Norm", "fuses", "merge", "merge_with_gradient", "rescaled"]
+__all__ = ["Kernel", "Merged", "Norm", "kernel", "merge", "merge_with_gradient", "rescaled"]
 
 # Smallest positive normal fp32 number: divides a zero by something.
 _TINY = torch.finfo(torch.float32).tiny
@@ -51,14 +52,19 @@ class Merged(NamedTuple):
 _merge = dispatch.op("merge")
 
 
-def fuses(x: Tensor) -> bool:
-    """Whether `merge` of x is one kernel here, not a sequence of torch operations."""
-    return _merge.choose(x).name != "torch"
+Kernel = Callable[..., Any]
+
+
+def kernel(x: Tensor) -> Kernel | None:
+    """What does `merge` of x in one kernel here, or None where that is a sequence of torch operations."""
+    chosen = _merge.choose(x)
+    return None if chosen.name == "torch" else chosen.run
 
 
 def merge(
     x: Tensor,
     groups: Groups,
+    by: Kernel | None = None,
     *,
     y: Tensor | None = None,
     gamma: Tensor | None = None,
@@ -73,6 +79,7 @@ def merge(
     Args:
         x: (B, N, C).
         groups: Tokens by slot.
+        by: The answer of `kernel(x)`, if it is at hand.
         y: (B, N, C) branch to add first.
         gamma: (C,) its scale per channel.
         weight: (B, N) weights in at least fp32. Default: the sizes.
@@ -82,7 +89,7 @@ def merge(
         rows: (B, N, R) fp32 values that follow the tokens by the weights of the mean, e.g. coordinates.
         norm: A norm to apply to the result.
     """
-    return Merged(*_merge(x, groups.csr, groups.src, y, gamma, weight, size, mode, rows, norm))
+    return Merged(*(by or _merge)(x, groups.csr, groups.src, y, gamma, weight, size, mode, rows, norm))
 
 
 def _merge_torch(
