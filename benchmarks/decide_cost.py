@@ -1,6 +1,6 @@
 """What one decision costs: signals, `decide` and `apply` of every method, against the ViT block around them.
 
-    python benchmarks/decide_cost.py --rounds 15 --write docs/performance.md
+    python benchmarks/decide_cost.py --batch 8 --rounds 7 --store
 
 One thread, CPU time of the process (neighbours on the machine count less), the block and the methods interleaved.
 Each method runs where it first removes tokens when it keeps 70 % per point; its inputs are recorded there once and the
@@ -13,17 +13,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import store
 import timm
 import torch
-from cpu_vit import cpu, tokens_of
+from official import tokens_of
 from torch import Tensor
 
 import visiontok as vt
+from visiontok.core.joints import Seam
 from visiontok.core.runtime import Stage
 from visiontok.core.signals import Signals
 from visiontok.core.state import apply
@@ -33,7 +34,7 @@ KEEP = 0.7
 CHUNK = 4
 # Methods whose default at the first point is not the only one worth knowing.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"zero_tprune, iters=1": ("zero_tprune", {"iters": 1})}
-MARKS = ("<!-- decide: begin -->", "<!-- decide: end -->")
+FILE = store.RESULTS / "decide.csv"
 
 
 class Point(NamedTuple):
@@ -62,11 +63,13 @@ def record(model: Any, images: Tensor, name: str, params: dict[str, Any]) -> Poi
     found: list[Point] = []
     own = Stage._step
 
-    def spy(stage: Any, step: Any, x: Tensor, state: Any, offered: Any) -> Any:
+    def spy(stage: Any, step: Any, amount: int, x: Any, state: Any, offered: Any) -> Any:
         # Before block 0 nothing could look back, so the signals there are its own too.
         ahead = step in stage.steps.get("HERE", ())
-        decision = own(stage, step, x, state, offered)
+        decision = own(stage, step, amount, x, state, offered)
         if len(decision.state.trail) != len(state.trail):
+            # The residual sum and the norm that a kernel may do along the way are the block's own work.
+            x = x.hidden if isinstance(x, Seam) else x
             found.append(Point(stage, step, patched.blocks[stage.layer], ahead, x, state, offered, decision.state.n))
             raise _Found
         return decision
@@ -138,20 +141,37 @@ def measure(points: dict[str, Point], block: Any, x: Tensor, rounds: int) -> tup
     return {name: np.array(values) for name, values in rows.items()}, np.array(blocks)
 
 
+def rows_of(
+    points: dict[str, Point], results: dict[str, np.ndarray], blocks: np.ndarray, cases: list[str], length: int
+) -> list[dict[str, Any]]:
+    """One row per method: medians, and the share's lower quantile too; empty numbers where it does not run."""
+    low, middle = np.percentile(blocks, [20, 50])
+    rows: list[dict[str, Any]] = []
+    for name in cases:
+        row: dict[str, Any] = {"method": name, "tokens": length, "block_p20_ms": float(low),
+                               "block_p50_ms": float(middle)}  # fmt: skip
+        if name in points:
+            decide, move, share = (float(value) for value in np.median(results[name], axis=0))
+            low_share = float(np.percentile(results[name][:, 2], 20))
+            row |= {"decide_ms": decide, "apply_ms": move, "share_p50": share, "share_p20": low_share,
+                    "tokens_after": points[name].after}  # fmt: skip
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
-    """Prints the table, and writes it between the marks of a document."""
+    """Prints the rows, and stores them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--size", type=int, nargs="+", default=[224, 384])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--reducer", nargs="*", default=[], help="only these")
-    parser.add_argument("--write", type=Path, help="replace the part between the marks of this document")
+    parser.add_argument("--store", action="store_true", help=f"keep the results in {FILE.name}")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cases = {name: (name, {}) for name in vt.list_reducers() if name != "identity"} | VARIANTS
     cases = {name: case for name, case in sorted(cases.items()) if not args.reducer or case[0] in args.reducer}
-    columns, heads = [], []
     for size in args.size:
         torch.manual_seed(0)
         model: Any = timm.create_model(args.model, img_size=size).eval()
@@ -161,31 +181,17 @@ def main() -> None:
             points = {name: point for name, point in found.items() if point is not None}
             x = tokens_of(model, images)
             results, blocks = measure(points, model.blocks[1], x, args.rounds)
-        low, middle = np.percentile(blocks, [20, 50])
-        columns.append((points, results))
-        heads.append(f"{x.shape[1]} tokens, block {middle:.0f} ms (p20 {low:.0f})")
-    lines = [f"| method | {' | '.join(f'{head}: share | decide + apply ms | tokens' for head in heads)} |",
-             "|---|" + "---|---|---|" * len(heads)]  # fmt: skip
-    for name in cases:
-        cells = []
-        for points, results in columns:
-            if name not in points:
-                cells.append("does not run here | | ")
-                continue
-            decide, move, share = np.median(results[name], axis=0)
-            low = np.percentile(results[name][:, 2], 20)
-            cells.append(f"{share:.1%} ({low:.1%}) | {decide:.2f} + {move:.2f} | "
-                         f"{points[name].state.n} → {points[name].after}")  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    flags = f"--batch {args.batch} --rounds {args.rounds}"
-    told = f"{args.model}, batch {args.batch}, {args.rounds} rounds, one thread, torch {torch.__version__}, {cpu()}"
-    table = "\n".join(lines)
-    print(told, table, sep="\n\n")
-    if args.write:
-        text = args.write.read_text(encoding="utf-8")
-        begin, end = (text.index(mark) for mark in MARKS)
-        body = f"{MARKS[0]}\n{told}.\n\n```bash\npython benchmarks/decide_cost.py {flags}\n```\n\n{table}\n"
-        args.write.write_text(text[:begin] + body + text[end:], encoding="utf-8")
+        rows = rows_of(points, results, blocks, list(cases), x.shape[1])
+        print(f"{args.model}, batch {args.batch}, {x.shape[1]} tokens, block {rows[0]['block_p50_ms']:.0f} ms")
+        for row in rows:
+            told = "does not run here"
+            if "share_p50" in row:
+                told = f"{row['share_p50']:.1%} (p20 {row['share_p20']:.1%}), "
+                told += f"{row['decide_ms']:.2f} + {row['apply_ms']:.2f} ms"
+            print(f"  {row['method']:<24}{told}")
+        if args.store:
+            where = {"model": args.model, "batch": args.batch, "rounds": args.rounds} | store.machine("cpu")
+            store.put(FILE, [row | where for row in rows], ("method", "model", "tokens", "batch", "device"))
 
 
 if __name__ == "__main__":

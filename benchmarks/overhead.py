@@ -1,6 +1,6 @@
 """What a patch that removes nothing costs: deit_small with r=0 against the same model unpatched, on one CPU thread.
 
-    python benchmarks/overhead.py --rounds 30 --batch 1 8
+    python benchmarks/overhead.py --rounds 30 --batch 1 8 --store
 
 Both models share their weights. Rounds are interleaved and in alternating order; times are CPU times of the process, so
 that neighbours on the machine count less. Target: under 2 % (V4).
@@ -12,11 +12,14 @@ import argparse
 import statistics
 import time
 
+import store
 import timm
 import torch
 from torch import nn
 
 import visiontok as vt
+
+FILE = store.RESULTS / "overhead.csv"
 
 
 def once(model: nn.Module, x: torch.Tensor, repeat: int) -> float:
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", action="store_true", help=f"keep the results in {FILE.name}")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -63,6 +67,11 @@ def main() -> None:
         low, middle, high = quantiles([after / before for before, after in rows])
         print(f"{args.model} {args.reducer} r=0 batch {batch}: {base:.2f} -> {ours:.2f} ms CPU, ratio {middle:.4f} "
               f"(p20 {low:.4f}, p80 {high:.4f}), outputs {'bit-equal' if same else 'DIFFER'}")  # fmt: skip
+        if args.store:
+            row = {"model": args.model, "reducer": args.reducer, "batch": batch, "rounds": args.rounds, "base_ms": base,
+                   "patched_ms": ours, "ratio_p20": low, "ratio_p50": middle, "ratio_p80": high,
+                   "equal": same}  # fmt: skip
+            store.put(FILE, [row | store.machine("cpu")], ("model", "reducer", "batch", "device"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Regenerates what the docs derive from code: the header of every method card, the compatibility tables and the table
-of methods in choosing.md.
+"""Regenerates what the docs derive from code and stored results: the header of every method card, the compatibility
+tables, the table of methods in choosing.md and the tables of performance.md.
 
 python docs/build.py            # write
 python docs/build.py --check    # exit 1 if something is out of date
@@ -11,6 +11,8 @@ import argparse
 import re
 import sys
 from pathlib import Path
+
+import performance_tables
 
 import visiontok as vt
 
@@ -147,6 +149,7 @@ def pages(walked: str | None = None) -> dict[Path, str]:
     path = HERE / "choosing.md"
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     out[path] = f"{before}{BEGIN}\n{choosing()}\n{END}{rest.partition(END)[2]}"
+    out[performance_tables.PAGE] = performance_tables.page()
     for name in vt.list_reducers():
         path = HERE / "methods" / f"{name}.md"
         rest = path.read_text(encoding="utf-8").partition(END)[2] if path.exists() else "\n"

@@ -30,6 +30,7 @@ _ORIGIN = {
     "patched": "visiontok.api",
     "supports": "visiontok.api",
     "unpatch": "visiontok.api",
+    "warmup": "visiontok.warming",
 }
 _MODULES = ("backbones", "bench", "core", "errors", "hub", "models", "ops", "reducers", "training", "viz")
 
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from visiontok.core.tokens import TokenMap
     from visiontok.errors import VisionTokError
     from visiontok.hub import from_pretrained
+    from visiontok.warming import warmup
 
 
 def __getattr__(name: str) -> Any:

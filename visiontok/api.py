@@ -11,10 +11,10 @@ from torch import nn
 
 from visiontok import backbones, reducers
 from visiontok.core import patching
+from visiontok.core.chain import Chain
 from visiontok.core.plan import Support, support
 from visiontok.core.reducer import Card, Reducer
 from visiontok.core.reduction import Reduction
-from visiontok.core.chain import Chain
 from visiontok.core.towers import Towers
 from visiontok.errors import (
     AlreadyPatchedError,

@@ -15,7 +15,7 @@ import visiontok as vt
 from visiontok.core.joints import Joint
 from visiontok.core.state import TokenState, apply
 from visiontok.core.tokens import TokenMap
-from visiontok.ops import cpu, dispatch
+from visiontok.ops import cpu, dispatch, fusing
 
 timm = pytest.importorskip("timm")
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
@@ -189,3 +189,16 @@ def test_selected_padding_keeps_its_values() -> None:
     assert torch.equal(reduced, x[:, [0, 2, 3]])
     assert state.size is not None
     assert state.size.flatten().tolist() == [1.0, 0.0, 3.0]
+
+
+def test_half_precision_without_the_library_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu, "missing", lambda: "no C++ compiler")
+    fusing._warn_of_slow_merges.cache_clear()
+    with caplog.at_level("WARNING", "visiontok.cpu"), forced("torch"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert fusing.kernel(torch.empty(1, dtype=dtype)) is None
+    fusing._warn_of_slow_merges.cache_clear()
+    assert len(caplog.records) == 1
+    assert "no C++ compiler" in caplog.records[0].getMessage()

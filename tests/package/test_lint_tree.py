@@ -53,7 +53,7 @@ FORBIDDEN = {
 LAYERS = [
     {"cli", "demo", "demos", "__main__"},
     {"bench", "viz", "tokenizers", "training"},
-    {"api", "finding", "hub", "models"},
+    {"api", "finding", "hub", "models", "warming"},
     {"reducers", "backbones"},
     {"core"},
     {"registry"},

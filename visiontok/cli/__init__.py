@@ -30,6 +30,7 @@ _COMMANDS = {
     "report": "draws the report of a stored sweep again",
     "viz": "draws which tokens of an image were merged or dropped",
     "demo": "starts a demo in the browser",
+    "tune-kernels": "launch options of the Triton kernels for the GPU at hand",
     "doctor": "versions, hardware, and which implementations are used and why",
 }
 _USAGE_ERRORS = (errors.ParameterError, errors.UnknownNameError, errors.FormatError)
@@ -93,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"visiontok {visiontok.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in _COMMANDS.items():
-        module = importlib.import_module(f"visiontok.cli.{name}_command")
+        module = importlib.import_module(f"visiontok.cli.{name.replace('-', '_')}_command")
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )

@@ -39,7 +39,7 @@ def collect() -> dict[str, dict[str, str]]:
         "versions": {name: found.get(name, "not installed") for name in ("python", *PACKAGES)},
         "machine": _machine(),
         "accelerators": _accelerators(),
-        "implementations": _implementations(),
+        "kernels": _kernels(),
         "storage": _storage(),
     }
 
@@ -77,10 +77,32 @@ def _accelerators() -> dict[str, str]:
     return values
 
 
-def _implementations() -> dict[str, str]:
+def _kernels() -> dict[str, str]:
     from visiontok.ops import dispatch
+    from visiontok.ops.cpu import building
 
-    return {choice.op: f"{choice.implementation} ({choice.reason})" for choice in dispatch.report()}
+    rows = {"setting": f"VISIONTOK_KERNELS={dispatch.wanted()}"}
+    built = building.library()
+    rows["C++ library"] = built.note if built.library is not None else f"none: {built.note}"
+    rows["Triton launch table"] = _launch_table()
+    for choice in dispatch.report():
+        refused = "".join(f"; not {name}: {why}" for name, why in choice.refused)
+        rows[choice.op] = f"{choice.implementation} ({choice.reason}{refused})"
+    return rows
+
+
+def _launch_table() -> str:
+    """Architectures with entries of their own, and what the GPUs at hand use."""
+    import torch
+
+    try:
+        from visiontok.ops.triton.configuring import architecture, table
+    except (ImportError, AttributeError) as error:
+        return f"unused, Triton is missing or too old ({error})"
+    known = sorted({name for entries in table().values() for name in entries})
+    here = {architecture(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+    uses = "".join(f"; {name} here{'' if name in known else ' uses any'}" for name in sorted(here))
+    return f"{len(table())} kernels, entries for {', '.join(known)}{uses}"
 
 
 def _storage() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,6 +51,8 @@ class Merged(NamedTuple):
     normed: Tensor | None = None
 
 
+_log = logging.getLogger("visiontok.cpu")
+_HALVES = (torch.float16, torch.bfloat16)
 _merge = dispatch.op("merge")
 
 
@@ -58,7 +62,22 @@ Kernel = Callable[..., Any]
 def kernel(x: Tensor) -> Kernel | None:
     """What does `merge` of x in one kernel here, or None where that is a sequence of torch operations."""
     chosen = _merge.choose(x)
-    return None if chosen.name == "torch" else chosen.run
+    if chosen.name != "torch":
+        return chosen.run
+    if x.is_cpu and x.dtype in _HALVES and not dispatch.tracing():
+        _warn_of_slow_merges()
+    return None
+
+
+@functools.cache
+def _warn_of_slow_merges() -> None:
+    missing = cpu.missing()
+    if missing is not None:
+        _log.warning(
+            "half precision on a CPU without visiontok's C++ kernels (%s): a reduced model may be no faster than the "
+            "unpatched one at small batches. Install a C++ compiler or visiontok[cpu].",
+            missing,
+        )
 
 
 def merge(
