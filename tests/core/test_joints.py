@@ -202,3 +202,19 @@ def test_half_precision_without_the_library_is_warned_of_once(
     fusing._warn_of_slow_merges.cache_clear()
     assert len(caplog.records) == 1
     assert "no C++ compiler" in caplog.records[0].getMessage()
+
+
+def test_a_norm_trained_alone_gets_its_gradient() -> None:
+    model = vit().requires_grad_(False)
+    vt.patch(model, "tome", r=3)
+    trained = [model.blocks[0].norm2.weight, model.blocks[1].ls1.gamma]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    model(images()).sum().backward()
+    got = [parameter.grad.clone() for parameter in trained]
+    model.zero_grad()
+    with forced("torch"):
+        model(images()).sum().backward()
+    for mine, parameter in zip(got, trained):
+        torch.testing.assert_close(mine, parameter.grad)
+        assert bool(mine.abs().sum() > 0)

@@ -110,7 +110,9 @@ def test_no_assert_statements(path: Path) -> None:
 @every_file
 def test_nothing_optional_is_imported_at_module_level(path: Path) -> None:
     roots = {name.partition(".")[0] for name in _imports(_tree(path), top=True)}
-    assert roots & OPTIONAL == set()
+    # Kernels cannot be written without their language; their folder is imported only where they run.
+    allowed = {"triton"} if path.parent == PACKAGE / "ops" / "triton" else set()
+    assert roots & OPTIONAL <= allowed
 
 
 @every_file

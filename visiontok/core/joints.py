@@ -67,7 +67,8 @@ def merged(
     if kernel is None or tm.soft is not None or tm.counts is not None or tm.form == "identity":
         return None
     flat = None if size is None else size.squeeze(-1)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, tm.weight, tm.mass, size)):
+    parts = (x, y, gamma, tm.weight, tm.mass, size, *(norm or ())[:2])
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
         simple = tm.form == "complete" and tm.mode == "mean" and tm.weight is tm.mass is None
         if not simple or y is not None or norm is not None or (size is not None and size.requires_grad):
             return None

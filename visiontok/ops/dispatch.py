@@ -203,6 +203,14 @@ def op(name: str) -> Op:
     return _ops.setdefault(name, Op(name))
 
 
+def _register_all() -> None:
+    import visiontok.ops.attending
+    import visiontok.ops.fusing
+    import visiontok.ops.matching
+    import visiontok.ops.probing
+    import visiontok.ops.scoring  # noqa: F401  (they register their ops)
+
+
 @contextlib.contextmanager
 def use(name: str, implementation: str) -> Iterator[None]:
     """Forces one implementation of an op inside a `with` block (tests and benchmarks).
@@ -210,6 +218,8 @@ def use(name: str, implementation: str) -> Iterator[None]:
     Raises:
         UnknownNameError: No such op or implementation.
     """
+    if name not in _ops:
+        _register_all()
     target = _ops.get(name)
     known = [i.name for i in target.implementations] if target else []
     if target is None or implementation not in known:
@@ -223,12 +233,7 @@ def use(name: str, implementation: str) -> Iterator[None]:
 
 def report() -> list[Choice]:
     """Returns, for every op, what is used for eager inference on each device at hand, and why."""
-    import visiontok.ops.attending
-    import visiontok.ops.attention
-    import visiontok.ops.matching
-    import visiontok.ops.merging
-    import visiontok.ops.scoring  # noqa: F401  (they register their ops)
-
+    _register_all()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows: list[Choice] = []
     for name, target in sorted(_ops.items()):

@@ -139,7 +139,9 @@ def spread(y: Tensor, assign: Tensor, *, residual: Tensor | None = None, share: 
 
 @_spread.implementation(
     "triton",
-    lambda y: "not (B, K, C) without gradients" if y.dim() != 3 or not _plain(y) else dispatch.triton_refuses(y),
+    lambda y: (
+        dispatch.triton_refuses(y) or ("not (B, K, C) without gradients" if y.dim() != 3 or not _plain(y) else None)
+    ),
     "gather, factor and residual in one kernel",
 )
 def _spread_triton(y: Tensor, assign: Tensor, residual: Tensor | None, share: Tensor | None) -> Tensor:

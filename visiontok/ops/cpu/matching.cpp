@@ -27,11 +27,10 @@ constexpr int64_t kPanelBytes = 128 * 1024;
 
 int64_t tiles(int64_t count, int64_t tile) { return (count + tile - 1) / tile; }
 
-// Positions of a set: every second one, or a list.
+// Positions of a set: every second one.
 struct Positions {
   int64_t first, count;
-  const int64_t* list;
-  int64_t at(int64_t i) const { return list ? list[i] : first + 2 * i; }
+  int64_t at(int64_t i) const { return first + 2 * i; }
 };
 
 struct Keys {
@@ -42,13 +41,13 @@ struct Keys {
 
 // The buffers of one image.
 struct Image {
-  float* a;        // (row tiles, depth, kRows) unit rows, transposed by tile
-  float* b;        // (column tiles, depth, kColumns) likewise
-  float* best;     // (row tiles x kRows, kLanes) largest similarity per lane
-  int32_t* where;  // same shape, the column block it came from
-  float* score;    // (Na,)
-  int32_t* partner;  // (Na,)
-  float* edge;     // (2 x kColumns) added to a tile: zeros, and minus infinity beyond the last column
+  float* a;          // (row tiles, depth, kRows) unit rows, transposed by tile
+  float* b;          // (column tiles, depth, kColumns) likewise
+  float* best;       // (row tiles x kRows, kLanes) largest similarity per lane
+  int32_t* where;    // same shape, the column block it came from
+  float* score;      // (Na,) largest similarity of each token of a
+  int32_t* partner;  // (Na,) the token of b it belongs to
+  float* edge;       // (2 x kColumns) added to a tile: zeros, and minus infinity beyond the last column
 
   static size_t bytes(int64_t na, int64_t nb, int64_t depth) {
     const int64_t rows = tiles(na, kRows) * kRows, columns = tiles(nb, kColumns) * kColumns;
@@ -270,7 +269,7 @@ VISIONTOK_EXPORT int visiontok_match_slots(int32_t dtype, const void* key, int64
   using namespace visiontok;
   const Keys keys{key, dtype, heads, depth, stride_image, stride_head, stride_token};
   const int64_t first_a = prefix + prefix % 2, first_b = prefix + (prefix + 1) % 2, slots = length - r;
-  const Positions a{first_a, (length - first_a + 1) / 2, nullptr}, b{first_b, (length - first_b + 1) / 2, nullptr};
+  const Positions a{first_a, (length - first_a + 1) / 2}, b{first_b, (length - first_b + 1) / 2};
   // Whole images to each thread where there are enough of them, else parts of one image after the other.
   const int32_t outer = batch >= threads ? threads : 1, inner = outer == 1 ? threads : 1;
   const size_t each = Image::bytes(a.count, b.count, depth) + Pieces::bytes<float>(inner * kColumns * depth) +

@@ -10,13 +10,13 @@ from importlib import resources
 from typing import Any
 
 import torch
-import triton
+from triton import knobs
 
 __all__ = ["INTERPRETED", "architecture", "forced", "launch_options", "table"]
 
 # Whether the kernels of this import run in Triton's interpreter, on CPU tensors. Its dots are full fp32 and it has no
 # bf16 arithmetic, so kernels take it as a constant.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 
 
 @functools.cache
