@@ -12,8 +12,6 @@ import re
 import sys
 from pathlib import Path
 
-import performance_tables
-
 import visiontok as vt
 
 HERE = Path(__file__).parent
@@ -144,6 +142,8 @@ def pages(walked: str | None = None) -> dict[Path, str]:
     Args:
         walked: The table of timm's models, which takes a minute to make; default: as it is stored.
     """
+    import performance_tables
+
     timm = f"## timm models\n\n{WALKED}\n{stored_walk() if walked is None else walked}\n{WALKED_END}\n"
     out: dict[Path, str] = {HERE / "compatibility.md": f"{compatibility()}\n{timm}"}
     path = HERE / "choosing.md"

@@ -168,7 +168,9 @@ def test_two_operators_replace_residual_sum_and_norm() -> None:
     assert fewer["add"] == 3
 
 
-@pytest.mark.parametrize("name", ["pitome", "evit", "zero_tprune"])
+@pytest.mark.parametrize(
+    "name", ["zero_tprune", *(pytest.param(name, marks=pytest.mark.full) for name in ("pitome", "evit"))]
+)
 def test_other_methods_record_whole_with_operators(name: str) -> None:
     model, x = vit(), images()
     vt.patch(model, name, keep=0.7)

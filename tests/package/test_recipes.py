@@ -61,7 +61,15 @@ def different() -> list[str]:
     return list({(r.method, r.model, *r.params): name for name, r in recipes.items()}.values())
 
 
-@pytest.mark.parametrize("name", different())
+# Making a model of this size takes ten seconds and more.
+HUGE = ("vit_large", "vit_huge", "vit_h_14", "vit_l_16", "lvvit_large")
+
+
+def sized() -> list[Any]:
+    return [pytest.param(n, marks=pytest.mark.full) if any(size in n for size in HUGE) else n for n in different()]
+
+
+@pytest.mark.parametrize("name", sized())
 def test_a_recipe_patches_its_model(name: str) -> None:
     recipe = load_recipe(RECIPES[name])
     with warnings.catch_warnings():

@@ -18,12 +18,17 @@ def _want() -> torch.Tensor:
         return model(images())
 
 
+def _same(got: torch.Tensor) -> None:
+    # A norm that a hook has to load is called as a module; else it may be part of the merge, which rounds otherwise.
+    torch.testing.assert_close(got, _want(), rtol=0, atol=1e-6)
+
+
 def test_cpu_offload_after_the_patch() -> None:
     model, red = patched_tiny()
     accelerate.cpu_offload(model, execution_device="cpu")
     assert {p.device.type for p in model.parameters()} == {"meta"}
     with torch.no_grad():
-        assert torch.equal(model(images()), _want())
+        _same(model(images()))
     assert red.tokens == [14, 11, 8, 5]
 
 
@@ -33,7 +38,7 @@ def test_cpu_offload_before_the_patch_and_clean_removal() -> None:
         dense = model(images())
         accelerate.cpu_offload(model, execution_device="cpu")
         with vt.patched(model, "tome", r=3) as red:
-            assert torch.equal(model(images()), _want())
+            _same(model(images()))
             assert red.tokens == [14, 11, 8, 5]
         assert torch.equal(model(images()), dense)
 
@@ -59,7 +64,7 @@ def test_hooks_on_every_block_in_either_order(first: str) -> None:
         red = vt.patch(model, "tome", r=3)
         if first == "patch":
             hook()
-        assert torch.equal(model(images()), _want())
+        _same(model(images()))
         assert len(calls) == 4
         red.unpatch()
         assert torch.equal(model(images()), dense)
@@ -76,7 +81,7 @@ def test_dispatch_over_a_device_map() -> None:
     accelerate.dispatch_model(model, plan, main_device="cpu", force_hooks=True)
     with torch.no_grad():
         vt.patch(model, "tome", r=3)
-        assert torch.equal(model(images()), _want())
+        _same(model(images()))
 
 
 def test_hooks_that_copy_between_blocks_keep_the_state() -> None:
@@ -89,5 +94,5 @@ def test_hooks_that_copy_between_blocks_keep_the_state() -> None:
     for block in model.blocks:
         add_hook_to_module(block, Copying("cpu"))
     with torch.no_grad():
-        assert torch.equal(model(images()), _want())
+        _same(model(images()))
     assert red.tokens == [14, 11, 8, 5]

@@ -62,7 +62,8 @@ class PatchedAttention:
     def _visiontok_qkv(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.qkv(x)
         # A view costs a third of unflatten, which is Python.
-        q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        width = qkv.shape[-1] // (3 * self.num_heads)
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, width).permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
 

@@ -196,7 +196,7 @@ def _processor() -> str:
             flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         flags = platform.processor()
-    return f"{platform.system()} {platform.machine()} {flags}"
+    return f"{sys.platform} {platform.machine()} {flags}"
 
 
 def _stored(folder: Path, key: str) -> Built | None:
@@ -251,7 +251,7 @@ def _load(path: Path) -> Built:
 
 
 def _run(command: Sequence[str], seconds: float = 300) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+    done = subprocess.run([*command], capture_output=True, text=True, errors="replace", timeout=seconds)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise RuntimeError(said[0].strip() if said else f"exit status {done.returncode}")
