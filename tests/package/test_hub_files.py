@@ -114,7 +114,7 @@ SHARED = tuple(vt.describe("identity").parameters)
 
 
 # Checks of fields are the base class's, except where a method adds its own: a few of each kind.
-TRIED = (vt.list_reducers()[0], "clca", "expedite", "pitome", "sit", "tome", "zero_tprune")
+TRIED = (vt.list_reducers()[0], "clca", "pitome", "tome")
 
 
 @pytest.mark.parametrize(

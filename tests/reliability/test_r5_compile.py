@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from reliability_support import every_reducer_slowly, images, patched_tiny, tiny
+from reliability_support import every_reducer_at_length, images, patched_tiny, tiny
 from torch import Tensor, fx
 
 import visiontok as vt
@@ -32,7 +32,7 @@ class Counting:
         return graph.forward
 
 
-@every_reducer_slowly
+@every_reducer_at_length
 def test_fullgraph_for_any_batch_in_two_graphs(name: str) -> None:
     model, _ = patched_tiny(name, depth=2)
     count = Counting()
