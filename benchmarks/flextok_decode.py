@@ -1,0 +1,164 @@
+"""FlexTok's decoder against its official packing: time and memory of one pair of velocities, without the VAE.
+
+The official way is written anew here: all images of a batch in one sequence under a block-diagonal mask, every dropped
+or null register a token of its own, the modulations computed in every call, all rows through the last block.
+
+    python benchmarks/flextok_decode.py [--batch 1 8] [--tokens 32] [--repeats 5] [--store]
+
+Weights are random: the size is official, and time does not depend on their values. Both sides run in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visiontok.tokenizers.flextok import FlexTok
+from visiontok.tokenizers.flextok_config import variant_config
+from visiontok.tokenizers.flextok_modules import norm, patchify, position_table
+from visiontok.tokenizers.flow import Guidance, sample, time_grid
+
+RESULTS = Path(__file__).parent / "results" / "flextok_decode.csv"
+
+
+def build(variant: str) -> FlexTok:
+    """A FlexTok of official size; modulations that start as zero become random, so that every part counts."""
+    torch.manual_seed(0)
+    model = FlexTok({**variant_config(variant), "vae": None})
+    for parameter in model.decoder.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def packed_velocity(model: FlexTok, ids: Tensor, conditional: bool) -> Callable[[Tensor, float], Tensor]:
+    """The official way for rows `(B, k)` of ids; its mask is made once, as its block mask is."""
+    decoder, size = model.decoder, model.decoder.size
+    registers = decoder.registers(model.code_vectors(ids))
+    rest = decoder.mask_token.expand(len(ids), model.length - ids.shape[1], -1)
+    registers = torch.cat([registers, rest], 1)
+    if not conditional:
+        registers = decoder.null.expand(len(ids), model.length, -1)
+    parts: Any = decoder.module_dict
+    side = model.config["latent_size"] // size
+    count = side * side
+    owner = torch.cat(
+        [torch.arange(len(ids)).repeat_interleave(count), torch.arange(len(ids)).repeat_interleave(model.length)]
+    )
+    mask = torch.zeros(len(owner), len(owner)).masked_fill(owner[:, None] != owner, float("-inf"))[None, None]
+    mask_or_none = mask if len(ids) > 1 else None
+    table = position_table(parts["dec_patches_posemb_module"].posembs, (side, side), scaling=decoder.positions)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        blocks, head = decoder.modulation(torch.tensor([t]))
+        patches = parts["dec_noise_patch_emb"].patch_proj(patchify(x, size)) + table.flatten(2).transpose(1, 2)
+        y = torch.cat([patches.flatten(0, 1), registers.flatten(0, 1)])[None]
+        for number, block in enumerate(decoder.blocks):
+            y = block.modulated(y, blocks[:, number], len(ids) * count, mask_or_none, False)
+        shift, scale = head.unbind(1)
+        y = norm(y) * (1 + scale[:, None]) + shift[:, None]
+        out = parts["dec_to_patches"].proj(y[0, : len(ids) * count]).view(len(ids), side, side, size, size, -1)
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+    return velocity
+
+
+def peak(run: Callable[[], object]) -> float:
+    """MiB that a run holds more than before, sampled every 2 ms from the process."""
+    gc.collect()
+    highest, done = resident(), threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.is_set():
+            highest = max(highest, resident())
+            time.sleep(0.002)
+
+    before, thread = highest, threading.Thread(target=watch)
+    thread.start()
+    run()
+    done.set()
+    thread.join()
+    return highest - before
+
+
+def resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+@torch.inference_mode()
+def compare(model: FlexTok, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(model.codebook_size, (batch, tokens), generator=generator)
+    noise = torch.randn(batch, model.config["latent_channels"], 32, 32, generator=generator)
+    official = {flag: packed_velocity(model, ids, flag) for flag in (True, False)}
+    times = time_grid(25)
+    ours = model._network(ids, [tokens] * batch, times, noise, False)
+
+    def run_official() -> None:
+        for flag in (True, False):
+            official[flag](noise, times[1])
+
+    def run_ours() -> None:
+        for flag in (True, False):
+            ours(noise, times[1], flag)
+
+    differences = [
+        float((official[flag](noise, times[1]) - ours(noise, times[1], flag)).abs().max()) for flag in (True, False)
+    ]
+    seconds: dict[str, list[float]] = {"official": [], "ours": []}
+    for _ in range(repeats):
+        for name, run in (("official", run_official), ("ours", run_ours)):
+            begun = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begun)
+    grid = time_grid(2)
+    whole = [
+        sample(lambda x, t, c: official[c](x, t), noise, grid, Guidance()),
+        sample(model._network(ids, [tokens] * batch, grid, noise, False), noise, grid, Guidance()),
+    ]
+    ratios = [a / b for a, b in zip(seconds["official"], seconds["ours"])]
+    return {
+        "batch": batch, "tokens": tokens, "official_s": round(statistics.median(seconds["official"]), 3),
+        "ours_s": round(statistics.median(seconds["ours"]), 3), "ratio": round(statistics.median(ratios), 2),
+        "ratio_least": round(min(ratios), 2), "peak_official_mib": round(peak(run_official)),
+        "peak_ours_mib": round(peak(run_ours)), "velocity_difference": f"{max(differences):.1e}",
+        "two_steps_difference": f"{float((whole[0] - whole[1]).abs().max()):.1e}",
+        "two_steps_largest": round(float(whole[0].abs().max()), 2), "repeats": repeats,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", default="d12_d12")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--store", action="store_true", help=f"write {RESULTS.name}")
+    args = parser.parse_args()
+    model = build(args.variant)
+    rows = []
+    for batch in args.batch:
+        rows.append({"variant": args.variant, **compare(model, batch, args.tokens, args.repeats)})
+        print(rows[-1], flush=True)
+    if args.store:
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], "machine", "threads", "torch"])
+            writer.writeheader()
+            where = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+            writer.writerows({**row, **where, "torch": torch.__version__} for row in rows)
+
+
+if __name__ == "__main__":
+    main()
