@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visiontok.backbones.hf_attention import base_name
 from visiontok.core.blocks import Ran, Tap, bias_dtype, offers_ahead, run_block
 from visiontok.core.joints import Joint
 from visiontok.core.runtime import Stage
@@ -53,8 +54,8 @@ class PatchedAttention:
         scaling, dropout, out = (getattr(self, name) for name in self._visiontok_names)
         q, k, v = self._visiontok_qkv(hidden_states, kwargs.pop("position_embeddings", None))
         tap.q, tap.k, tap.v = q, k, v
-        name, host = self.config._attn_implementation, _host(self)
-        attend = host.ALL_ATTENTION_FUNCTIONS.get_interface(name, host.eager_attention_forward)
+        asked, host = self.config._attn_implementation, _host(self)
+        attend, name = host.ALL_ATTENTION_FUNCTIONS.get_interface(asked, host.eager_attention_forward), base_name(asked)
         if attention_mask is not None and (name not in MASKED or (name == "sdpa" and folds(q, attention_mask))):
             q, k, v = fold_bias(q, k, v, attention_mask, scaling)
             attention_mask = None
@@ -145,7 +146,7 @@ class PatchedLayer:
     def _visiontok_run(self: Any, x: Tensor, state: TokenState, mask: Tensor | None, given: Any) -> Ran:
         attn, (first, second) = getattr(self, self._visiontok_attention), self._visiontok_norms
         normed, tap = getattr(self, first)(x), Tap()
-        name = attn.config._attn_implementation
+        name = base_name(attn.config._attn_implementation)
         dtype = bias_dtype(normed, name != "eager", attends=True)
         bias = self._visiontok_bias(state, dtype, mask, given)
         y, _ = attn(normed, bias, tap=tap, **self._visiontok_placed(state, given))

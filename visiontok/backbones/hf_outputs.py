@@ -24,6 +24,7 @@ __all__ = [
     "PatchedProbe",
     "pair",
     "presents",
+    "signed",
 ]
 
 _STATE, _GRID = "_visiontok_state", "_visiontok_grid"
@@ -98,7 +99,7 @@ class PatchedModel:
         base: Any = vars(cls).get("_visiontok_base")
         if base is not None:
             # Callers look arguments up in the signature.
-            cls.forward = _signed(base.forward, cls.forward)
+            cls.forward = signed(base.forward, cls.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         as_dict = kwargs.pop("return_dict", None)
@@ -142,7 +143,7 @@ def presents(need: str | None) -> type[PatchedModel]:
     return {None: PatchedModel, "mean": _Averaging, "dense": _Dense}[need]
 
 
-def _signed(host: Any, patched: Any) -> Any:
+def signed(host: Any, patched: Any) -> Any:
     """`patched` with the signature of `host`."""
 
     @functools.wraps(host)

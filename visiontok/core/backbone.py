@@ -100,6 +100,12 @@ class Backbone(ABC):
     def swaps(self, model: nn.Module) -> list[Swap]:
         """The classes to replace, blocks included."""
 
+    def handle(self, model: nn.Module, reducers: Any, chain: Any) -> Any:
+        """The `Reduction` that patches a model with reducers; not yet in place."""
+        from visiontok.core.reduction import Reduction
+
+        return Reduction(model, self, reducers, chain)
+
     def signals(self, model: nn.Module, site: Site) -> frozenset[Signal]:
         """Signals on offer at a site for this very model."""
         return self.provides.get(site, frozenset())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +51,8 @@ class _Record(threading.local):
         self.trace: list[LayerTrace] = []
         self.grid: tuple[int, int] | None = None
         self.handed: tuple[Any, Any] | None = None
+        # States after every block, while somebody collects them.
+        self.states: list[TokenState] | None = None
 
 
 class Chain:
@@ -91,6 +95,15 @@ class Chain:
     def handed(self, x: Tensor, state: TokenState | None) -> None:
         """Remembers, weakly, what the last block of this thread returned."""
         self.notes.handed = None if state is None else (weakref.ref(x), weakref.ref(state))
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[list[TokenState]]:
+        """Collects this thread's states after every block."""
+        self.notes.states = found = []
+        try:
+            yield found
+        finally:
+            self.notes.states = None
 
     def recovered(self, x: Tensor, layer: int) -> TokenState | None:
         """The state of a tensor that was moved, cast or copied between two blocks and so lost its attribute.

@@ -135,6 +135,7 @@ class Plan:
 
 def support(reducer: Reducer, backbone: Backbone, model: nn.Module) -> Support:
     """Whether `backbone` offers the site and signals of a reducer, and of its parts, in this model."""
+    reducer = reducer.placed(backbone.provides)
     if reducer.class_token and backbone.prefix(model) == 0:
         return Support(False, f"{reducer.name} reads the class token; this {type(model).__name__} has none.")
     for part in reducer.parts():

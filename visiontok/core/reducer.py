@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -78,6 +78,7 @@ class Where:
         step: Step of a sampler.
         start: Non-prefix tokens that the model started with; 0 if unknown.
         grid: (h, w) of the non-prefix tokens there, if they form one.
+        frames: Frames that these tokens are, one for an image; 0 if unknown.
     """
 
     layer: int
@@ -85,6 +86,7 @@ class Where:
     step: int = 0
     start: int = 0
     grid: tuple[int, int] | None = None
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Reducer(ABC):
     scope: ClassVar[str] = "item"
     carry_rules: ClassVar[Mapping[str, str]] = {}
     budget_names: ClassVar[tuple[str, ...]] = _BUDGETS
+    position_rules: ClassVar[tuple[str, ...]] = RULES
 
     r: Any = field(default=None, kw_only=True)
     keep: Any = field(default=None, kw_only=True)
@@ -175,8 +178,9 @@ class Reducer(ABC):
             raise ParameterError(f"{self.name}: give one budget, got {len(given)} ({said}).")
         if self.compat not in (None, "official"):
             raise ParameterError(f"{self.name}: compat must be None or 'official', got {self.compat!r}.")
-        if self.positions not in RULES:
-            raise ParameterError(f"{self.name}: positions must be 'mean' or 'gather', got {self.positions!r}.")
+        if self.positions not in self.position_rules:
+            known = " or ".join(map(repr, self.position_rules))
+            raise ParameterError(f"{self.name}: positions must be {known}, got {self.positions!r}.")
         if self.spacing not in (None, "even", "ratio", "linear"):
             raise ParameterError(
                 f"{self.name}: spacing must be None, 'even', 'ratio' or 'linear', got {self.spacing!r}."
@@ -240,6 +244,10 @@ class Reducer(ABC):
     def until(self, layer: int, depth: int) -> int | None:
         """At site AROUND: the layer at which the reduction made at `layer` is undone; None: by the consumer."""
         return None
+
+    def placed(self, sites: Collection[Site]) -> Reducer:
+        """The form of this reducer for a model that offers these sites; itself unless it has several."""
+        return self
 
     def parts(self) -> tuple[Reducer, ...]:
         """The reducers that act in this one's name, in order; more than itself only for composites."""

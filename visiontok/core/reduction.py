@@ -112,6 +112,11 @@ class Reduction:
         self._modules = []
         return self.model
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the patch is on."""
+        return bool(self._modules)
+
     def load_learned(self, state: Mapping[str, Tensor], strict: bool = True) -> list[str]:
         """Loads learned parts from a state dict of this patched model, or of the authors' own checkpoint.
 

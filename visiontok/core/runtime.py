@@ -223,6 +223,8 @@ class Stage:
         setattr(x, _STATE, state)
         if not torch.compiler.is_compiling() and not recomputing():
             self.chain.notes.tokens.append(int(state.n))
+            if self.chain.notes.states is not None:
+                self.chain.notes.states.append(state)
             self.chain.handed(x, None if state.layer == self.depth else state)
         return x
 

@@ -54,6 +54,7 @@ class Signal(str, Enum):
     ATTN_LAST = "ATTN_LAST"
     ATTN_TEXT = "ATTN_TEXT"
     ATTN_VOTE = "ATTN_VOTE"
+    ATTN_SUM = "ATTN_SUM"
     ATTN = "ATTN"
     TEXT = "TEXT"
     GRID = "GRID"

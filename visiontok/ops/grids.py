@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visiontok.errors import ParameterError
 from visiontok.ops import matching
 from visiontok.ops.ordering import stable_order
 
-__all__ = ["Windows", "lines", "row_slots", "squarest"]
+__all__ = ["Windows", "box_slots", "frame_grid", "lines", "pool_side", "row_slots", "squarest"]
 
 
 class Windows(NamedTuple):
@@ -112,3 +113,55 @@ def squarest(n: int) -> tuple[int, int]:
     """(h, w) with h * w = n and h <= w, as near to a square as n allows: a guess where the grid is not known."""
     height = next((h for h in range(math.isqrt(n), 0, -1) if n % h == 0), 1)
     return height, n // height
+
+
+def frame_grid(n: int, frames: int, grid: tuple[int, int] | None) -> tuple[int, int, int]:
+    """(F, h, w) of n tokens that are `frames` frames of equal length.
+
+    Args:
+        n: Tokens.
+        frames: F.
+        grid: (h, w) of one frame or of all frames below each other; None: as square as they can be.
+
+    Raises:
+        ParameterError: The frames, or the grid, do not hold n tokens.
+    """
+    if frames < 1 or n % frames:
+        raise ParameterError(f"{n} tokens are no {frames} frames of equal length.")
+    height, width = squarest(n // frames) if grid is None else grid
+    if frames > 1 and height * width == n and height % frames == 0:
+        height //= frames
+    if frames * height * width != n:
+        raise ParameterError(f"grid {grid} in {frames} frames does not hold {n} tokens.")
+    return frames, height, width
+
+
+def box_slots(shape: tuple[int, int, int], box: tuple[int, int, int], device: torch.device) -> tuple[Tensor, int]:
+    """Cuts (F, h, w) tokens into boxes that do not overlap; what is left over at the far borders is in none.
+
+    Args:
+        shape: (F, h, w).
+        box: (frames, rows, columns) of each box; each is clamped to what there is.
+        device: Where to make the indices.
+
+    Returns:
+        (n,) int64 box of each token in raster order, -1 for none; and the number of boxes.
+    """
+    sides = [min(part, whole) for part, whole in zip(box, shape)]
+    many = [whole // side for side, whole in zip(sides, shape)]
+    axes = [torch.arange(whole, device=device) // side for side, whole in zip(sides, shape)]
+    slot, inside = torch.zeros((), dtype=torch.int64, device=device), torch.ones((), dtype=torch.bool, device=device)
+    for place, count in zip(axes, many):
+        slot = slot.unsqueeze(-1) * count + place
+        inside = inside.unsqueeze(-1) & (place < count)
+    return torch.where(inside, slot, -1).flatten(), math.prod(many)
+
+
+def pool_side(grid: tuple[int, int], target: float) -> int:
+    """Side of the square windows of an (h, w) grid whose number, leftovers dropped, is nearest to `target`.
+
+    Of two numbers equally near the larger wins; of windows that give the same number, the largest, which drops least.
+    """
+    height, width = grid
+    numbers = [(side, (height // side) * (width // side)) for side in range(1, min(grid) + 1)]
+    return min(numbers, key=lambda pair: (abs(pair[1] - target), -pair[1], -pair[0]))[0]

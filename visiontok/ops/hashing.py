@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rank_keys"]
+__all__ = ["gumbel", "mixed", "rank_keys"]
 
 _PRIME = 2_147_483_647
 
@@ -22,9 +22,35 @@ def rank_keys(count: int, *, seed: int, layer: int, step: int = 0, device: torch
         (count,) int64 in [0, 2**31 - 1).
     """
     start = (seed * 1_000_003 + layer * 7_919 + step * 104_729 + 12_345) % _PRIME
-    key = (torch.arange(count, device=device) + start) % _PRIME
+    return mixed(torch.arange(count, device=device) + start)
+
+
+def mixed(index: Tensor) -> Tensor:
+    """Pseudo-random keys of integers; equal integers get equal keys.
+
+    Args:
+        index: (...) int64, at least 0.
+
+    Returns:
+        (...) int64 in [0, 2**31 - 1).
+    """
+    key = index % _PRIME
     # Rounds of multiply-and-fold modulo a prime; each product stays below 2**62, so int64 never overflows.
     for factor in (1_103_515_245, 747_796_405, 1_664_525):
         key = (key * factor + 1_013_904_223) % _PRIME
         key = (key ^ (key >> 15)) % _PRIME
     return key
+
+
+def gumbel(key: Tensor) -> Tensor:
+    """Standard Gumbel noise (mean 0.577, variance pi**2 / 6) from keys of `mixed`.
+
+    Args:
+        key: (...) int64 in [0, 2**31 - 1).
+
+    Returns:
+        (...) fp32, finite.
+    """
+    # 23 bits and a half are exact in fp32, so that the uniform number is never 0 or 1.
+    uniform = ((key >> 8).float() + 0.5) / 2**23
+    return -(-uniform.log()).log()

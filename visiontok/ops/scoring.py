@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visiontok.ops import dispatch, library
 
-__all__ = ["energy", "gaussian_energy"]
+__all__ = ["energy", "gaussian_energy", "outliers"]
 
 # Rows of the similarity that exist at once; bounds memory at N x _ROWS instead of N x N.
 _ROWS = 1024
@@ -82,3 +82,29 @@ _energy.implementation(
     )
 )
 _energy.implementation("torch", lambda x: None, "strips of a matrix product")(_energy_torch)
+
+
+def outliers(score: Tensor, live: Tensor | None = None) -> Tensor:
+    """Which entries lie above the upper quartile by more than 1.5 interquartile ranges; at most a quarter do.
+
+    Args:
+        score: (..., n); quartiles are interpolated linearly, in double precision where the device has it.
+        live: (..., n) bool entries that count, at least one; None for all.
+
+    Returns:
+        (..., n) bool.
+    """
+    wide = score if score.device.type == "mps" else score.double()
+    shown = wide if live is None else wide.masked_fill(~live, torch.inf)
+    count = torch.full_like(wide[..., :1], wide.shape[-1]) if live is None else live.sum(dim=-1, keepdim=True)
+    ordered = shown.sort(dim=-1).values
+    low, high = (_quantile(ordered, count, share) for share in (0.25, 0.75))
+    above = wide > high + 1.5 * (high - low)
+    return above if live is None else above & live
+
+
+def _quantile(ordered: Tensor, count: Tensor, share: float) -> Tensor:
+    place = share * (count.to(ordered.dtype) - 1)
+    below = place.floor()
+    a, b = ordered.gather(-1, below.long()), ordered.gather(-1, place.ceil().long())
+    return a + (b - a) * (place - below)

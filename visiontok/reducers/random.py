@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from visiontok.core.reducer import Card, Reducer
-from visiontok.core.signals import Signals
+from visiontok.core.signals import Signals, Site
 from visiontok.core.state import TokenState
 from visiontok.core.tokens import TokenMap
+from visiontok.core.visual import PromptReducer
 from visiontok.errors import ParameterError
 from visiontok.ops.hashing import rank_keys
 from visiontok.ops.ordering import stable_order
@@ -42,10 +46,35 @@ class Random(Reducer):
             raise ParameterError(f"random: seed must be an int, got {self.seed!r}.")
         super().__post_init__()
 
+    def placed(self, sites: Collection[Site]) -> Reducer:
+        """In multimodal language models the prompt's tokens are dropped, not those of the vision tower's blocks."""
+        if Site.POST not in sites:
+            return self
+        given = {name: value for name, value in self.fields().items() if name != "positions"}
+        return _RandomPrompt.create(**given)
+
     def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
         removed = self.amount(budget, state)
         if removed == 0:
             return None
-        keys = rank_keys(state.items, seed=self.seed, layer=state.layer, device=state.device)
-        kept = stable_order(keys)[: state.items - removed].sort().values + state.prefix
-        return TokenMap.keep(kept.expand(state.batch, -1), state.n, state.prefix)
+        return TokenMap.keep(_kept(state, removed, self.seed), state.n, state.prefix)
+
+
+@dataclass(frozen=True)
+class _RandomPrompt(PromptReducer):
+    """Random dropping of a prompt's visual tokens."""
+
+    name = "random"
+    card = Random.card
+    stochastic = True
+
+    seed: int = 0
+
+    def decide(self, signals: Signals, state: TokenState, budget: int | None = None) -> TokenMap | None:
+        return TokenMap.keep(_kept(state, self.amount(budget, state), self.seed), state.n)
+
+
+def _kept(state: TokenState, removed: int, seed: int) -> Tensor:
+    keys = rank_keys(state.items, seed=seed, layer=state.layer, device=state.device)
+    kept = stable_order(keys)[: state.items - removed].sort().values + state.prefix
+    return kept.expand(state.batch, -1)
