@@ -22,6 +22,8 @@ def load(name: str) -> Any:
     return module
 
 
+# Half a minute.
+@pytest.mark.full
 @pytest.mark.skipif(timm.__version__ != VERSION, reason=f"the names were counted in timm {VERSION}")
 def test_every_timm_name_is_supported_or_refused_with_a_reason() -> None:
     walk = load("walk_timm")

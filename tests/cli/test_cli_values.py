@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import visiontok
-from visiontok.cli.options import budget, literal, setting
+from visiontok.cli.options import budget
+from visiontok.cli.values import literal, setting
 from visiontok.errors import VisionTokError
 
 PACKAGE = Path(visiontok.__file__).parent

@@ -1,8 +1,12 @@
-"""What the conformance tests run on: every reducer of the registry times every backbone variant that fits it."""
+"""What the conformance tests run on: every reducer of the registry times every backbone variant that fits it.
+
+Encoders and multimodal language models are matrices apart: see `cases` and `multimodal_cases`.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +19,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import visiontok as vt
 from visiontok import backbones, reducers
+from visiontok.core.multimodal import MultimodalBackbone
 from visiontok.core.reducer import Build, Reducer
 from visiontok.core.reduction import Reduction
+from visiontok.core.signals import Site
+from visiontok.core.visual import Crops, PromptReducer, Text
 from visiontok.ops.attention import Votes
+from visiontok.ops.receiving import Received
 
 BUDGETS: tuple[dict[str, Any], ...] = ({"r": 2}, {"keep": 0.7})
+# Where reducers of multimodal language models act.
+VISUAL = frozenset({Site.POST, Site.EMBED, Site.LLM, Site.KV})
 
 
 class Variant(NamedTuple):
@@ -72,10 +82,33 @@ def budget_names(name: str) -> tuple[str, ...]:
     return reducers.registry.get(name).budget_names
 
 
+def settings_of(name: str) -> list[dict[str, Any]]:
+    """The default parameters, and each switch of the method turned over."""
+    cls = reducers.registry.get(name)
+    flips: list[dict[str, Any]] = []
+    for field in dataclasses.fields(cls):
+        kinds = str(field.type)
+        if field.default in (True, False) and isinstance(field.default, bool):
+            flips.append({field.name: not field.default})
+        elif kinds.startswith("bool | None"):
+            flips += [{field.name: True}, {field.name: False}]
+    return [{}, {"compat": "official"}, *flips]
+
+
 def budgets(name: str) -> list[dict[str, Any]]:
     """See `Case.budgets`."""
     known = budget_names(name)
     return [budget for budget in BUDGETS if set(budget) <= set(known)] or [{}]
+
+
+def encoder_reducers() -> list[str]:
+    """Names of the reducers that have a place in an encoder."""
+    return [name for name in vt.list_reducers() if reducers.create(name).site not in VISUAL]
+
+
+def encoder_backbones() -> list[str]:
+    """Names of the backbones that are no multimodal language models."""
+    return [name for name in vt.list_backbones() if not issubclass(backbones.registry.get(name), MultimodalBackbone)]
 
 
 @functools.cache
@@ -90,20 +123,22 @@ def example(variant: Variant) -> tuple[nn.Module, Any]:
 
 @functools.cache
 def cases() -> tuple[tuple[Case, str], ...]:
-    """Every case that `supports` says fits, and how much of it the default run takes: `all`, `brief` or `none`.
+    """Every case of an encoder that `supports` says fits, and what the default run takes.
 
-    All of each reducer on two backbones, and of each backbone with at least three reducers; in brief, each variant that
-    is not among these with one reducer.
+    `all` of each reducer on one backbone, and of each backbone with one reducer; what is `quick` of each reducer on two
+    backbones, and of each backbone with three reducers; in `brief`, each variant that is not among these with one
+    reducer; `none` of the rest.
     """
-    names = vt.list_reducers()
+    names = encoder_reducers()
     fits = {
         backbone: {
             variant: [name for name in names if vt.supports(name, example(variant)[0])]
             for variant in (Variant(backbone, key) for key in _examples(backbone))
         }
-        for backbone in vt.list_backbones()
+        for backbone in encoder_backbones()
     }
     chosen: set[tuple[str, Variant]] = set()
+    homed: set[tuple[str, Variant]] = set()
     brief: set[tuple[str, Variant]] = set()
     for place, name in enumerate(names):
         homes = [(backbone, [v for v, fitting in table.items() if name in fitting]) for backbone, table in fits.items()]
@@ -112,16 +147,41 @@ def cases() -> tuple[tuple[Case, str], ...]:
         for turn in range(min(2, len(homes))):
             variants = homes[(place + turn) % len(homes)][1]
             chosen.add((name, variants[place % len(variants)]))
+            homed |= set() if turn else {(name, variants[place % len(variants)])}
     for table in fits.values():
         first = next(iter(table))
         have = {name for name, at in chosen if at in table}
         chosen |= {(name, first) for name in [n for n in table[first] if n not in have][: max(0, 3 - len(have))]}
+        if not any(at in table for _, at in homed):
+            homed.add(min(pair for pair in chosen if pair[1] in table))
         for row, (variant, fitting) in enumerate(table.items()):
             missing = not any(at == variant for _, at in chosen)
             brief |= {(fitting[row % len(fitting)], variant)} if missing and fitting else set()
     every = [(name, variant) for table in fits.values() for variant, fitting in table.items() for name in fitting]
-    level = {**dict.fromkeys(brief, "brief"), **dict.fromkeys(chosen, "all")}
+    level = {**dict.fromkeys(brief, "brief"), **dict.fromkeys(chosen, "quick"), **dict.fromkeys(homed, "all")}
     return tuple((Case(*pair), level.get(pair, "none")) for pair in every)
+
+
+@functools.cache
+def multimodal_cases() -> tuple[tuple[Case, str], ...]:
+    """Every case of a multimodal language model that `supports` says fits, and what the default run takes; see `cases`.
+
+    It takes all of three reducers on each variant, one for each stage of the model, and in brief all reducers on the
+    first variant of each backbone.
+    """
+    found: list[tuple[Case, str]] = []
+    for backbone in sorted(set(vt.list_backbones()) - set(encoder_backbones())):
+        for row, key in enumerate(_examples(backbone)):
+            variant = Variant(backbone, key)
+            fitting = [name for name in vt.list_reducers() if vt.supports(name, example(variant)[0])]
+            groups = [[n for n in fitting if reducers.create(n).site in sites] for sites in _STAGES]
+            chosen = {group[row % len(group)] for group in groups if group}
+            other = "none" if row else "brief"
+            found += [(Case(name, variant), "all" if name in chosen else other) for name in fitting]
+    return tuple(found)
+
+
+_STAGES = ((Site.POST, Site.EMBED), (Site.LLM,), (Site.KV,))
 
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -220,3 +280,114 @@ def make_signal(name: str, batch: int, tokens: int, prefix: int, grid: tuple[int
     if name not in makers:
         pytest.fail(f"conformance cannot make the signal {name} yet; add it to make_signal in {__file__}.")
     return makers[name]()
+
+
+class VisualAsk(NamedTuple):
+    """One question to a reducer of a multimodal model: its signals, state and the tokens that its map is applied to."""
+
+    signals: dict[str, Any]
+    state: vt.TokenState
+    x: Tensor
+
+    def rows(self, index: list[int]) -> VisualAsk:
+        """The same question about some of the rows."""
+        taken = {name: _rows_of(value, index) for name, value in self.signals.items()}
+        return VisualAsk(taken, self.state.changed(batch=len(index)), self.x[index])
+
+    def poisoned(self) -> VisualAsk:
+        """NaN in every number of row 0."""
+        return VisualAsk({name: _poisoned(value) for name, value in self.signals.items()}, self.state, self.x)
+
+
+class Sums:
+    """ATTN_SUM of the first tokens of a short prompt, one row per sample and key-value head."""
+
+    def __init__(self, query: Tensor, key: Tensor, items: int) -> None:
+        self.query, self.key, self.items = query, key, items
+
+    def sum(self, perturb: Any = None, last: int | None = None) -> Tensor:
+        return Received(self.query, self.key, 0.5).sum(perturb, last)[:, 0, : self.items]
+
+
+def visual_parts(name: str, **params: Any) -> list[Reducer]:
+    """What a reducer does in a multimodal model behind its vision tower."""
+    return [part for part in reducers.create(name, **params).placed(VISUAL).parts() if part.site in VISUAL]
+
+
+def visual_question(
+    part: Reducer,
+    items: int,
+    prefix: int = 0,
+    rows: int = 2,
+    frames: int = 1,
+    crops: Crops | None = None,
+    depth: int = 4,
+    constant: float | None = None,
+) -> VisualAsk:
+    """Random signals, or constant ones, of the shapes that the part's site has.
+
+    Args:
+        part: One of `visual_parts`.
+        items: Tokens of a row.
+        prefix: Class tokens before them.
+        rows: Ignored where one image is all there is: then its thumbnail and crops.
+        frames: Frames that the tokens are.
+        crops: For parts that see one image.
+        depth: Layers of the tower or the decoder.
+        constant: Every number, attention aside.
+    """
+    rows = 1 + crops.number if crops is not None else rows
+    noise = torch.Generator().manual_seed(items * 131 + prefix * 17 + rows)
+    n, taps = items + prefix, len(part.taps(depth)) if isinstance(part, PromptReducer) else 1
+
+    def draw(*shape: int) -> Tensor:
+        made = torch.randn(*shape, generator=noise, dtype=torch.float64)
+        return made if constant is None else torch.full_like(made, constant)
+
+    prompt, tower = part.site in (Site.POST, Site.EMBED), max(taps, 1)
+    live = torch.arange(5).expand(rows, -1) < torch.tensor([[5 - row % 2] for row in range(rows)])
+    attention = draw(rows, 2, 5, n).softmax(dim=-1) * 0.5 * live[:, None, :, None]
+    height = crops.side if crops is not None else shape_of(items // frames)
+    makers: dict[str, Any] = {
+        "HIDDEN": lambda: draw(rows, n, 8),
+        "KEY": lambda: draw(rows, tower, 2, n, 4) if prompt else draw(rows, 1 if part.site is Site.KV else 2, n, 4),
+        "VALUE": lambda: draw(rows, 1 if part.site is Site.KV else 2, n, 4),
+        "QUERY_PREFIX": lambda: draw(rows, tower, 2, 1, 4),
+        "ATTN_PREFIX": lambda: draw(rows, tower, 2, 1, n).softmax(dim=-1),
+        "ATTN_LAST": lambda: draw(rows, 2, n).softmax(dim=-1) * 0.5,
+        "ATTN_TEXT": lambda: attention,
+        "ATTN_SUM": lambda: Sums(draw(rows, 2, n + 4, 4), draw(rows, 1, n + 4, 4), n),
+        "TEXT": lambda: Text(draw(rows, 5, 8) * live.unsqueeze(2), live),
+        "GRID": lambda: height,
+        "FRAMES": lambda: frames,
+        "CROPS": lambda: crops,
+    }
+    missing = [str(signal) for signal in part.needs if str(signal) not in makers]
+    if missing:
+        pytest.fail(f"conformance cannot make {', '.join(missing)} of {part.name} yet; add it in {__file__}.")
+    signals = {str(signal): makers[str(signal)]() for signal in part.needs}
+    x = signals["HIDDEN"] if "HIDDEN" in signals else makers["HIDDEN"]()
+    layer = depth if prompt else next(iter(part.layers(depth)))
+    return VisualAsk(signals, vt.TokenState.initial(x, prefix).changed(layer=layer, depth=depth), x)
+
+
+def shape_of(items: int) -> tuple[int, int]:
+    """(h, w) of the squarest grid."""
+    height = max(h for h in range(1, int(items**0.5) + 1) if items % h == 0)
+    return height, items // height
+
+
+def _rows_of(value: Any, index: list[int]) -> Any:
+    if isinstance(value, Text):
+        return Text(value.tokens[index], value.live[index])
+    if isinstance(value, Sums):
+        return Sums(value.query[index], value.key[index], value.items)
+    return value[index] if isinstance(value, Tensor) else value
+
+
+def _poisoned(value: Any) -> Any:
+    if isinstance(value, Text):
+        return Text(poisoned(value.tokens), value.live)
+    if isinstance(value, Sums):
+        return Sums(poisoned(value.query), poisoned(value.key), value.items)
+    return poisoned(value)

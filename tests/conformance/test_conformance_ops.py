@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from conformance_matrix import budget_names, make_module, make_signal
+from conformance_loops import naive_sizes, naive_values, slots_alive
+from conformance_matrix import budget_names, encoder_reducers, make_module, make_signal, settings_of, shape_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,34 +24,21 @@ PATCHES = (1, 2, 3, 4, 9, 12)
 DEPTH = 4
 
 
-def settings_of(name: str) -> list[dict[str, Any]]:
-    """The default parameters, and each switch of the method turned over."""
-    cls = reducers.registry.get(name)
-    flips: list[dict[str, Any]] = []
-    for field in dataclasses.fields(cls):
-        kinds = str(field.type)
-        if field.default in (True, False) and isinstance(field.default, bool):
-            flips.append({field.name: not field.default})
-        elif kinds.startswith("bool | None"):
-            flips += [{field.name: True}, {field.name: False}]
-    return [{}, {"compat": "official"}, *flips]
-
-
 EVERY = [
-    pytest.param(name, params, id="-".join([name, *(f"{k}={v}" for k, v in params.items())]))
-    for name in vt.list_reducers()
+    pytest.param(
+        name,
+        params,
+        id="-".join([name, *(f"{k}={v}" for k, v in params.items())]),
+        marks=() if set(params) <= {"compat"} else pytest.mark.full,
+    )
+    for name in encoder_reducers()
     for params in settings_of(name)
 ]
 
 
-def shape(patches: int) -> tuple[int, int]:
-    height = max(h for h in range(1, int(patches**0.5) + 1) if patches % h == 0)
-    return height, patches // height
-
-
 def ask(reducer: Reducer, patches: int, prefix: int, budget: int, batch: int = 2, dtype: Any = torch.float64) -> Any:
     """State, hidden tokens, the number of tokens to remove, and the decision."""
-    grid = shape(patches)
+    grid = shape_of(patches)
     made = {str(s): make_signal(str(s), batch, patches + prefix, prefix, grid, dtype) for s in reducer.needs}
     x = make_signal("HIDDEN", batch, patches + prefix, prefix, grid, dtype)
     layer = 0 if reducer.site is Site.MID else 1
@@ -98,7 +85,7 @@ def test_c2_c3_counts_and_prefix_for_every_small_shape(name: str, params: dict[s
                     assert torch.equal(slots[live], torch.arange(tm.K).expand(2, -1)[live]), where
 
 
-@pytest.mark.parametrize("name", vt.list_reducers())
+@pytest.mark.parametrize("name", encoder_reducers())
 def test_a_negative_budget_is_refused(name: str) -> None:
     if "r" not in budget_names(name):
         pytest.skip(f"{name} takes no budget from outside")
@@ -109,7 +96,7 @@ def test_a_negative_budget_is_refused(name: str) -> None:
         ask(reducer, 9, 1, -1)
 
 
-@pytest.mark.parametrize("name", vt.list_reducers())
+@pytest.mark.parametrize("name", encoder_reducers())
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     patches=st.integers(1, 13),
@@ -144,7 +131,7 @@ def test_c11_values_sizes_and_gradients_equal_loops(
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, -3.0])
-@pytest.mark.parametrize("name", vt.list_reducers())
+@pytest.mark.parametrize("name", encoder_reducers())
 def test_c11_constant_signals_are_defined(name: str, fill: float) -> None:
     reducer = reducers.create(name)
     tokens, prefix = 10, 1
@@ -169,56 +156,3 @@ def test_c11_constant_signals_are_defined(name: str, fill: float) -> None:
     assert torch.isfinite(y).all()
     again = reducer.decide(vt.Signals.of(**made), state, budget=2)
     assert torch.equal(tm.assign, again.assign)
-
-
-def slots_alive(tm: Any) -> Tensor:
-    return torch.ones(1, tm.K, 1) if tm.live is None else tm.live.unsqueeze(-1).float()
-
-
-def naive_values(tm: Any, x: Tensor, size: Tensor | None) -> Tensor:
-    """(B, K, C) slot values, one token at a time."""
-    batch, length, channels = x.shape
-    if tm.soft is not None:
-        source = x if tm.values is None else tm.values
-        return sum(tm.soft[:, :, n : n + 1] * source[:, n : n + 1] for n in range(length))
-    out = []
-    for b in range(batch):
-        for k in range(tm.K):
-            members = [n for n in range(length) if int(tm.assign[b, n]) == k]
-            if not members:
-                out.append(x.new_zeros(channels))
-                continue
-            share = [_share(tm, size, b, n) for n in members]
-            rows = [x[b, n] for n in members]
-            total = sum((w * row for w, row in zip(share, rows)), x.new_zeros(channels))
-            if tm.mode == "sum":
-                out.append(total)
-            elif tm.mode == "amax":
-                out.append(torch.stack(rows).amax(dim=0))
-            elif tm.mode == "absmax":
-                stacked = torch.stack(rows)
-                out.append(stacked.gather(0, stacked.abs().argmax(dim=0, keepdim=True)).squeeze(0))
-            else:
-                mean = total / sum(share)
-                if tm.mode == "mlerp" and len(rows) > 1:
-                    mean = mean / mean.norm() * torch.stack([row.norm() for row in rows]).max()
-                out.append(mean)
-    return torch.stack(out).view(batch, tm.K, channels)
-
-
-def _share(tm: Any, size: Tensor | None, b: int, n: int) -> float:
-    if tm.weight is not None:
-        return float(tm.weight[b, n])
-    return 1.0 if size is None else float(size[b, n, 0])
-
-
-def naive_sizes(tm: Any, size: Tensor | None) -> Tensor:
-    """(B, K, 1) slot sizes, one token at a time."""
-    batch, length = tm.assign.shape
-    out = torch.zeros(batch, tm.K, 1, dtype=torch.float64)
-    for b in range(batch):
-        for n in range(length):
-            mass = float(tm.mass[b, n]) if tm.mass is not None else 1.0 if size is None else float(size[b, n, 0])
-            if int(tm.assign[b, n]) >= 0:
-                out[b, int(tm.assign[b, n])] += mass
-    return out if tm.soft is None or tm.mass is not None else torch.ones_like(out)

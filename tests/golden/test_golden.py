@@ -65,7 +65,7 @@ def test_skips_only_shrink() -> None:
 
 def test_bundled_files_are_copies() -> None:
     bundled = discover(BUNDLED)
-    assert {(case.method, case.level) for case in bundled} >= {(method, "op") for method in RUNNERS}
+    assert {(case.method, case.level) for case in bundled} >= {(m, "op") for m in RUNNERS if "op" in RUNNERS[m]}
     assert sum(case.path.stat().st_size for case in bundled) < 1_000_000
     for case in bundled:
         original = golden_folder() / case.path.relative_to(BUNDLED)

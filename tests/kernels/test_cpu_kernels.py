@@ -309,3 +309,8 @@ def test_what_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusing_is_traced_without_a_break() -> None:
     step = torch.compile(lambda x: x + 1 if refuses(x) else x, backend="eager", fullgraph=True)
     assert torch.equal(step(torch.zeros(3)), torch.ones(3))
+
+
+def test_replacing_constructors_leaves_the_meta_device_alone() -> None:
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta

@@ -93,7 +93,7 @@ def test_scenes_are_fixed_and_no_caption_repeats(found: scenes.Scenes) -> None:
 
 
 def test_training_scenes_share_no_scan_and_no_pixel_of_a_photograph_with_the_test() -> None:
-    scans = {part: {scan.numpy().tobytes() for scan in scenes._scans(part)[1]} for part in scenes.PARTS}
+    scans = {part: {scan.numpy().tobytes() for scan in scenes.digit_scans(part)[1]} for part in scenes.PARTS}
     assert not scans["train"] & scans["test"]
     assert not scans["fit"] & scans["validation"]
     assert scans["fit"] | scans["validation"] == scans["train"]
