@@ -36,6 +36,7 @@ def tables() -> dict[str, str]:
         "decide": decide(),
         "overhead": overhead(),
         "import": imports(),
+        "mllm": mllm(),
     }
 
 
@@ -291,3 +292,25 @@ def _module(name: str) -> ModuleType:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+
+
+def mllm() -> str:
+    """Prefill of multimodal models: one line per method and budget."""
+    path = RESULTS / "mllm_prefill.csv"
+    if not path.exists():
+        return _NOTHING
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    head = "| method | visual tokens | batch | ms | speed-up | GMAC ratio | E_method | language: speed-up | GMAC ratio "
+    lines = [head + "| E_language | probes | compaction |", "|---" * 12 + "|"]
+    for row in rows:
+        cells = (
+            row["reducer"], row["keep"], row["batch"], f"{float(row['full_ms']):.0f} → {float(row['reduced_ms']):.0f}",
+            *(f"{float(row[name]):.2f}" for name in ("speedup", "gmac_ratio")),
+            f"{float(row['e_method']):.3f}",
+            *(f"{float(row[name]):.2f}" for name in ("language_speedup", "language_gmac_ratio")),
+            f"{float(row['e_language']):.3f}", f"{float(row['probe_share']):.1%}",
+            f"{float(row['compaction_ms']):.2f} ms",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -32,12 +32,12 @@ _ORIGIN = {
     "unpatch": "visiontok.api",
     "warmup": "visiontok.warming",
 }
-_MODULES = ("backbones", "bench", "core", "errors", "hub", "models", "ops", "reducers", "training", "viz")
+_MODULES = ("backbones", "bench", "core", "errors", "hub", "models", "ops", "reducers", "tokenizers", "training", "viz")
 
 __all__ = [*_ORIGIN, "__version__", *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from visiontok import backbones, bench, core, errors, hub, models, ops, reducers, training, viz
+    from visiontok import backbones, bench, core, errors, hub, models, ops, reducers, tokenizers, training, viz
     from visiontok.api import (
         compatibility,
         describe,

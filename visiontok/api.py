@@ -149,7 +149,7 @@ def _patch_tower(model: Any, chosen: list[Reducer], tower: str | None, chain: Ch
             f"{type(target).__name__} is patched already; change it with Reduction.set(...) or call "
             "visiontok.unpatch(model) first."
         )
-    reduction = Reduction(target, backbone, chosen, chain)
+    reduction = backbone.handle(target, chosen, chain)
     reduction.install()
     return reduction
 
@@ -176,7 +176,9 @@ def unpatch(model: nn.Module) -> nn.Module:
     if not handles:
         raise NotPatchedError(f"{type(model).__name__} is not patched.")
     for handle in handles:
-        handle.unpatch()
+        # A handle may have taken those of its parts with it.
+        if handle.in_place:
+            handle.unpatch()
     return model
 
 

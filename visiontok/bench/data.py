@@ -138,7 +138,7 @@ class FolderDataset(Dataset[Any]):
         if unknown:
             raise ParameterError(f"{self.root}: class folder(s) {', '.join(unknown[:5])} are not in the class map")
         index = {name: number for number, name in enumerate(self.classes)}
-        self.items = [(path, index[name]) for name in folders for path in _images(self.root / name)]
+        self.items = [(path, index[name]) for name in folders for path in images_below(self.root / name)]
         if not self.items:
             raise ParameterError(f"{self.root}: no image ({', '.join(EXTENSIONS)}) in {len(folders)} class folder(s)")
         self.items = [self.items[number] for number in evenly(len(self.items), max_images)]
@@ -235,7 +235,7 @@ def evenly(count: int, wanted: int | None) -> list[int]:
     return [number * count // wanted for number in range(wanted)]
 
 
-def _images(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
     found: list[Path] = []
     seen: set[str] = set()
     for current, folders, files in os.walk(folder, followlinks=True):

@@ -34,7 +34,7 @@ OPENINGS = ("a", "a photo of a", "there is a", "an image of a")
 TEMPLATES = tuple(f"{opening} {{}}" for opening in OPENINGS)
 """Prompts for zero-shot classification by digit, in words that `tiny_clip` knows."""
 
-_RGB = ((225, 45, 45), (45, 195, 65), (65, 95, 250), (245, 225, 55), (245, 245, 245), (205, 75, 225))
+RGB = ((225, 45, 45), (45, 195, 65), (65, 95, 250), (245, 225, 55), (245, 245, 245), (205, 75, 225))
 _SPAN = (44.0, 58.0)  # pixels that the 8x8 scan covers
 _CENTRES = ((-1, -1), (1, -1), (-1, 1), (1, 1), (0, 0))  # as (x, y), times _SHIFT
 _SHIFT = 7 / 32  # from the middle, where half the side is 1
@@ -109,7 +109,7 @@ def fixed_scenes(part: str = "test") -> Scenes:
     if part not in ("test", "validation"):
         raise ParameterError(f"the scenes have the fixed parts 'test' and 'validation', not '{part}'")
     random = np.random.RandomState(_SEED)
-    digits, _ = _scans(part)
+    digits, _ = digit_scans(part)
     rest = np.array([(c, s, p) for c in range(len(COLOURS)) for s in range(len(SIZES)) for p in range(len(PLACES))])
     labels = np.zeros((len(digits), 4), dtype=np.int64)
     labels[:, 0] = digits.numpy()
@@ -127,7 +127,7 @@ def random_scenes(part: str, count: int, random: np.random.RandomState) -> Scene
         count: how many.
         random: source of everything random, advanced by the call.
     """
-    digits, _ = _scans(part)
+    digits, _ = digit_scans(part)
     chosen = random.randint(len(digits), size=count)
     parts = [random.randint(len(words), size=count) for words in (COLOURS, SIZES, PLACES)]
     return render(part, chosen, np.stack([digits.numpy()[chosen], *parts], axis=1), random)
@@ -142,21 +142,22 @@ def render(part: str, chosen: np.ndarray, labels: np.ndarray, random: np.random.
         labels: `(n, 4)` what to draw, as in `Scenes.labels`.
         random: place within limits, tilt, tint and background.
     """
-    _, scans = _scans(part)
+    _, scans = digit_scans(part)
     count = len(chosen)
     size = torch.from_numpy(np.take(_SPAN, labels[:, 2]) * random.uniform(0.95, 1.05, count)).float()
     tilt = torch.from_numpy(random.uniform(-0.1, 0.1, count)).float()
     centre = torch.tensor(_CENTRES)[labels[:, 3]] * _SHIFT
     centre += torch.from_numpy(random.uniform(-0.03, 0.03, (count, 2)))
-    ink = _sample(scans[torch.from_numpy(chosen)], SIDE / size, tilt, centre)  # (n, 1, 64, 64)
+    ink = stamp(scans[torch.from_numpy(chosen)], SIDE / size, tilt, centre)  # (n, 1, 64, 64)
     ink = (ink * 1.4).clamp(0, 1)
-    tint = torch.tensor(_RGB)[labels[:, 1]] + torch.from_numpy(random.uniform(-18, 18, (count, 3)))
-    ground = _ground(part, count, random)
+    tint = torch.tensor(RGB)[labels[:, 1]] + torch.from_numpy(random.uniform(-18, 18, (count, 3)))
+    ground = backgrounds(part, count, random)
     pictures = ground + ink * (tint[:, :, None, None] - ground)
     return Scenes(pictures.round().clamp(0, 255).to(torch.uint8), torch.from_numpy(labels))
 
 
-def _ground(part: str, count: int, random: np.random.RandomState) -> Tensor:
+def backgrounds(part: str, count: int, random: np.random.RandomState) -> Tensor:
+    """`(count, 3, 64, 64)` float32 in [0, 255]: random pieces of the part's photographs, dimmed."""
     photos = _photographs(part)
     height, width = photos.shape[2:]
     side = random.uniform(*_CROP, count)
@@ -177,7 +178,18 @@ def _ground(part: str, count: int, random: np.random.RandomState) -> Tensor:
     return ground
 
 
-def _sample(scans: Tensor, scale: Tensor, tilt: Tensor, centre: Tensor) -> Tensor:
+def stamp(scans: Tensor, scale: Tensor, tilt: Tensor, centre: Tensor) -> Tensor:
+    """Lays small pictures onto the canvas.
+
+    Args:
+        scans: `(n, 1, h, w)` in [0, 1].
+        scale: `(n,)` side of the canvas over that of the laid picture.
+        tilt: `(n,)` radians.
+        centre: `(n, 2)` x and y of the middle, from -1 to 1.
+
+    Returns:
+        `(n, 1, 64, 64)`, slightly beyond [0, 1] where the interpolation overshoots.
+    """
     cos, sin = tilt.cos() * scale, tilt.sin() * scale
     x, y = centre.unbind(1)
     theta = torch.stack([cos, -sin, -(cos * x - sin * y), sin, cos, -(sin * x + cos * y)], dim=1).view(-1, 2, 3)
@@ -186,7 +198,13 @@ def _sample(scans: Tensor, scale: Tensor, tilt: Tensor, centre: Tensor) -> Tenso
 
 
 @functools.cache
-def _scans(part: str) -> tuple[Tensor, Tensor]:
+def digit_scans(part: str) -> tuple[Tensor, Tensor]:
+    """Labels `(n,)` and scans `(n, 1, 8, 8)` in [0, 1] of one of `PARTS`.
+
+    Raises:
+        ParameterError: another part.
+        MissingDependencyError: scikit-learn is not installed.
+    """
     if part not in PARTS:
         raise ParameterError(f"the scenes have the parts {', '.join(PARTS)}, not '{part}'")
     split = _digits()

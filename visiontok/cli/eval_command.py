@@ -6,6 +6,8 @@
   visiontok eval --task zeroshot --reducer tome --r 4                        the embedded CLIP on rendered scenes
   visiontok eval --task zeroshot -m ViT-B-32 --pretrained laion2b_s34b_b79k --data-dir imagenet --reducer tome --r 8
   visiontok eval --task retrieval -m hf:clip-vit-base-patch32 --data-dir coco.csv --reducer pitome --keep 0.9
+  visiontok eval --task vqa -m tiny-llava --reducer vtc_cls --keep 16        the embedded LLaVA on rendered scenes
+  visiontok eval --task vqa -m hf:llava-1.5-7b-hf --data-dir questions.jsonl --reducer vtc_cls --keep 128
 
 Unreadable images are counted and listed, never replaced; more than --max-failed of them fail the run (exit code 1).
 """
@@ -27,7 +29,7 @@ _DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     options.add_clip(parser)
-    options.add_model(parser, clip=True)
+    options.add_model(parser, clip=True, mllm=True)
     options.add_reducer(parser)
     options.add_data(parser)
     options.add_run(parser, rounds=0)
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         ParameterError: there are no images for this model.
     """
     options.check_task(args)
+    if args.task == "vqa":
+        return _run_vqa(args)
     if args.task != "classify":
         return _run_clip(args)
     from visiontok.bench.trial import run_trial
@@ -95,6 +99,55 @@ def describe_retrieval(row: Mapping[str, Any]) -> str:
     if row.get("note"):
         lines.append(("note", row["note"]))
     return "\n".join([output.pairs(lines), "", *columns(cells)])
+
+
+def describe_vqa(row: Mapping[str, Any]) -> str:
+    """The result of questions about images for people."""
+    from visiontok.bench.table import label
+
+    interval = f"[{row['exact_match_low']:.1f}, {row['exact_match_high']:.1f}]"
+    lines = [
+        ("trial", label(row)),
+        ("questions", f"{row['n_questions']} answered, {row['n_failed']} images unreadable"),
+        ("exact match", f"{row['exact_match']:.2f} {interval} (95 % interval)"),
+        ("prefill", f"{row['gmacs']:.4g} of {row['gmacs_base']:.4g} GMACs"),
+        ("cache", cache_text(row)),
+    ]
+    if row["role"] == "reduced":
+        lines.append(("vs unreduced", f"{row['delta']:+.2f} points, McNemar p = {row['mcnemar_p']:.3g}"))
+        lines.append(("agreement", f"{row['agreement']:.2f} % of the answers are the unreduced model's"))
+    if row.get("note"):
+        lines.append(("note", row["note"]))
+    return output.pairs(lines)
+
+
+def cache_text(row: Mapping[str, Any]) -> str:
+    """What the layers keep of a prompt: `74 -> 26 tokens (layer average 26.0), 0.01 of 0.03 MB`."""
+    tokens = row["tokens"]
+    average = sum(tokens) / len(tokens)
+    return (
+        f"{row['tokens_in']} -> {row['tokens_out']} tokens (layer average {average:.1f}), "
+        f"{row['kv_mb']:.3g} of {row['kv_mb_base']:.3g} MB"
+    )
+
+
+def _run_vqa(args: argparse.Namespace) -> int:
+    from visiontok.bench.mllm_trial import NO_DATA, MllmSubject, run_mllm_trial
+
+    spec = options.mllm_spec(args, timing=False)
+    if args.dry_run:
+        subject = MllmSubject(spec)
+        print(f"trial {spec.key[:12]}: {spec.model}, {spec.reducer or 'unreduced'} {spec.budget}".rstrip())
+        if subject.reduction is not None:
+            print(subject.reduction.plan)
+        return 0
+    if spec.data == NO_DATA:
+        raise ParameterError(f"{spec.model} needs questions; pass a .jsonl of image, question, answers with --data-dir")
+    row = run_mllm_trial(spec, quiet=args.quiet)
+    output.say(args, describe_vqa(row))
+    output.write_results(args, [row])
+    output.result_line(row)
+    return report_failures(row, args.max_failed)
 
 
 def _run_clip(args: argparse.Namespace) -> int:

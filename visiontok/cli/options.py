@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontok.cli.values import natural, positive, setting
 from visiontok.errors import ParameterError
 
 if TYPE_CHECKING:
     from visiontok.bench.clip_trial import ClipSpec
+    from visiontok.bench.mllm_trial import MllmSpec
     from visiontok.bench.results import TrialSpec
     from visiontok.core.recipe import Recipe
 
 BUDGETS = ("r", "keep", "gflops", "tokens")
-TASKS = ("classify", "zeroshot", "retrieval")
+TASKS = ("classify", "zeroshot", "retrieval", "vqa")
 TOWERS = ("visual", "text", "both")
 # Which of the flags of `add_clip`, and of those of the data, mean something for which tasks.
 _FOR_TASKS = {
-    "tower": TASKS[1:],
+    "tower": ("zeroshot", "retrieval"),
     "class_names": ("zeroshot",),
     "templates": ("zeroshot",),
     "csv_img_key": ("retrieval",),
     "csv_caption_key": ("retrieval",),
     "class_map": ("classify",),
 }
-_MAX_LITERAL = 4096
-_WORDS = {"true": True, "false": False, "none": None}
 _BUDGET_HELP = {
     "r": "tokens removed per block: 13, '(16,-1)' (ToMe's inflection), '[8,8,4]' or '{3: 8}'",
     "keep": "kept per block: a share in (0, 1], or a whole number of tokens; lists and {layer: keep} too",
@@ -38,64 +36,23 @@ _BUDGET_HELP = {
 }
 
 
-def positive(text: str) -> int:
-    """An int of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+def add_model(
+    parser: argparse.ArgumentParser, *, several: bool = False, clip: bool = False, mllm: bool = False
+) -> None:
+    """`-m --pretrained --checkpoint --img-size --input-size`.
 
-
-def natural(text: str) -> int:
-    """An int of at least 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text}")
-    return value
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """`name=value` of `--set`: a Python literal, true, false, none, or else plain text.
-
-    Raises:
-        argparse.ArgumentTypeError: no `=`, no name, a value that is too long or no finite number.
+    Args:
+        parser: A command's parser.
+        several: Several models.
+        clip: Name the models of `add_clip` too, and take their tags.
+        mllm: Name the multimodal models too.
     """
-    name, equals, raw = text.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
-    try:
-        return name, literal(raw.strip())
-    except ParameterError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def literal(raw: str) -> Any:
-    """Reads a value that a user typed: a Python literal without code, a word, or the text itself.
-
-    Raises:
-        ParameterError: too long, nested too deeply, or a number that is not finite.
-    """
-    if len(raw) > _MAX_LITERAL:
-        raise ParameterError(f"a value has at most {_MAX_LITERAL} characters, got {len(raw)}")
-    if raw.lower() in _WORDS:
-        return _WORDS[raw.lower()]
-    try:
-        value = ast.literal_eval(raw)
-    except (ValueError, SyntaxError, TypeError):
-        return raw
-    except (MemoryError, RecursionError):
-        raise ParameterError("a value is nested too deeply") from None
-    _check_plain(value, raw)
-    return value
-
-
-def add_model(parser: argparse.ArgumentParser, *, several: bool = False, clip: bool = False) -> None:
-    """`-m --pretrained --checkpoint --img-size --input-size`; `clip` adds the models of `add_clip` and their tags."""
     group = parser.add_argument_group("model")
     name_help = "tiny_vit (default, embedded and trained), a timm name, or torchvision/NAME"
     if clip:
         name_help += "; for zeroshot and retrieval tiny_clip (default), an open_clip name, hf-hub:OWNER/NAME or hf:DIR"
+    if mllm:
+        name_help += "; multimodal: tiny-llava (embedded and trained) or hf:DIR"
     if several:
         group.add_argument("-m", "--model", nargs="+", metavar="NAME", help=name_help)
         group.add_argument("--model-list", metavar="FILE", help="file with one model name per line")
@@ -149,7 +106,9 @@ def add_data(parser: argparse.ArgumentParser, *, loaders: str = "--workers") -> 
 def add_clip(parser: argparse.ArgumentParser) -> None:
     """`--task --tower --class-names --templates --csv-img-key --csv-caption-key`."""
     group = parser.add_argument_group("task")
-    group.add_argument("--task", choices=TASKS, default="classify", help="classify (default), zeroshot or retrieval")
+    group.add_argument(
+        "--task", choices=TASKS, default="classify", help="classify (default), zeroshot, retrieval or vqa"
+    )
     group.add_argument("--tower", choices=TOWERS, help="encoder to reduce (visual)")
     group.add_argument(
         "--class-names", metavar="FILE", help="names in the sorted order of the class folders: lines, or a JSON list"
@@ -253,6 +212,29 @@ def clip_spec(args: argparse.Namespace) -> ClipSpec:
     )
 
 
+def mllm_spec(args: argparse.Namespace, **fields: Any) -> MllmSpec:
+    """The trial of a multimodal model that the flags describe; `fields` win over flags.
+
+    Raises:
+        ParameterError: a flag that is not for such models.
+    """
+    from visiontok.bench.mllm_models import DEFAULT_MLLM, canonical
+    from visiontok.bench.mllm_trial import QUESTIONS, MllmSpec
+
+    recipe = load_recipe(args)
+    name = canonical(args.model or (recipe.model if recipe is not None else DEFAULT_MLLM))
+    reducer, params = reduction(args, recipe)
+    values: dict[str, Any] = common(args, name) | {"pretrained": bool(args.pretrained)}
+    size = values.pop("input_size")
+    values |= {"data": "none"} if size is None else {"data": "none", "image_size": size[1:]}
+    if hasattr(args, "data_dir"):
+        values["data"] = args.data_dir or (QUESTIONS if name == DEFAULT_MLLM else "none")
+        values["split"] = args.split or "test"
+    if getattr(args, "new_tokens", None) is not None:
+        values["new_tokens"] = args.new_tokens
+    return MllmSpec(model=name, reducer=reducer, params=params, **(values | fields))
+
+
 def check_task(args: argparse.Namespace) -> None:
     """Refuses flags that mean nothing for the task.
 
@@ -263,7 +245,7 @@ def check_task(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and args.task not in tasks:
             flag = name.replace("_", "-")
             raise ParameterError(f"--{flag} is for --task {' or '.join(tasks)}, not for {args.task}")
-    if args.task == "classify" and isinstance(args.pretrained, str):
+    if args.task in ("classify", "vqa") and isinstance(args.pretrained, str):
         raise ParameterError(
             f"--pretrained '{args.pretrained}' is a tag of open_clip, for --task zeroshot or retrieval; "
             "timm's is a part of the name: -m NAME.TAG --pretrained"
@@ -374,16 +356,3 @@ def _rounds(text: str) -> int:
     if value < 2:
         raise argparse.ArgumentTypeError(f"timing needs at least 2 rounds, got {text}")
     return value
-
-
-def _check_plain(value: Any, raw: str) -> None:
-    if isinstance(value, dict):
-        parts: list[Any] = [*value.keys(), *value.values()]
-    elif isinstance(value, (list, tuple)):
-        parts = list(value)
-    elif value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
-        return
-    else:
-        raise ParameterError(f"{raw!r} is no plain finite value")
-    for part in parts:
-        _check_plain(part, raw)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from visiontok.errors import FormatError, ParameterError
 
-__all__ = ["load_exactly", "read_checkpoint"]
+__all__ = ["find_checkpoint", "load_exactly", "read_checkpoint"]
 
 # Under which names training scripts put the weights beside optimizer and arguments, the averaged ones first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -35,7 +35,7 @@ def read_checkpoint(
         ParameterError: `source` is neither an existing path nor a repository id.
         FormatError: The file cannot be read, or holds something other than tensors under names.
     """
-    data = source if isinstance(source, Mapping) else _read(_find(source, filename, revision))
+    data = source if isinstance(source, Mapping) else _read(find_checkpoint(source, filename, revision))
     for key in _WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
@@ -80,7 +80,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _find(source: str | Path, filename: str | None, revision: str | None) -> Path:
+def find_checkpoint(source: str | Path, filename: str | None, revision: str | None) -> Path:
+    """The local path of a file, or of one in a directory or a hub repository; errors as in `read_checkpoint`."""
     path = Path(source)
     if path.is_dir():
         path = path / (filename or "model.safetensors")
