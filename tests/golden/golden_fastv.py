@@ -9,6 +9,7 @@ import torch
 from golden_case import Case
 
 import visiontok as vt
+from visiontok.backbones import hf_cache
 
 
 def run_op(case: Case) -> None:
@@ -44,7 +45,8 @@ def run_model(case: Case) -> None:
     length = call["input_ids"].shape[1]
     case.check("keep_indices", places(step.kept[0] - first, first, count, length))
     models_llava.close(case, f"logits{suffix}", out.logits[0], 2e-3)
-    lens = [out.past_key_values.get_seq_length(layer) for layer in range(len(out.past_key_values.layers))]
+    cache = hf_cache.cache_in(out)
+    lens = [cache.get_seq_length(layer) for layer in range(len(cache.layers))]
     case.check("cache_lens_after_prefill", torch.tensor(lens))
     with torch.no_grad():
         made = model.generate(

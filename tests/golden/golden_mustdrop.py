@@ -11,6 +11,7 @@ from golden_case import Case
 from torch import Tensor
 
 import visiontok as vt
+from visiontok.backbones import hf_cache
 
 
 def run_op(case: Case) -> None:
@@ -98,7 +99,7 @@ def run_model(case: Case) -> None:
     assert torch.equal(keys[0].nonzero().squeeze(1), case.tensors["out.key_set"][0].sort().values), "key_set differs"
     case.compared.add("out.key_set")
     filters(case, steps, keys[0])
-    cache = out.past_key_values
+    cache = hf_cache.cache_in(out)
     lens = [cache.get_seq_length(layer) for layer in range(len(cache.layers))]
     case.check("cache_lens_after_prefill", torch.tensor(lens))
     with torch.no_grad():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaModel
 
 import visiontok as vt
 from visiontok.backbones.hf_decoder import stack_of
@@ -19,6 +21,8 @@ from visiontok.core.signals import Site
 from visiontok.ops.anyres import valid_area
 
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
+# transformers 5.24 gave the argument another name.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 P = None  # A picture among the ids of a row.
 MIXED: list[list[int | None]] = [[1, 5, P, 6, 7, P, 8], [1, 9, 10], [1, P, 11, 12, 13]]
 PAIR: list[list[int | None]] = [[1, 5, P, 6, 7, 8], [1, 9, P, 10]]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mllm_support import (
+    CACHE,
     IMAGE,
     MIXED,
     PAIR,
@@ -26,6 +27,7 @@ from mllm_support import (
 from torch import Tensor
 
 import visiontok as vt
+from visiontok.backbones import hf_cache
 from visiontok.errors import IncompatibleError
 
 SOME = pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
@@ -173,12 +175,12 @@ def test_a_second_turn_on_the_same_cache(name: str, place: str, positions: str, 
     model, given = model_of(name), ask(name, [[1, 5, P, 6, 7, 8]])
     with vt.patched(model, act(place, positions=positions), trace=True) as red, torch.no_grad():
         cache = DynamicCache(config=model.config.get_text_config())
-        first = generated(model, given, 3, past_key_values=cache)
+        first = generated(model, given, 3, **{CACHE: cache})
         seen = watch(red, given, name)
         assert torch.equal(first[:, -3:], generated(model, given, 3)[:, -3:])
         turn = second_turn(name, given, first)
         sent = {k: v for k, v in turn.items() if again or not k.startswith(("pixel", "image"))}
-        second = generated(model, sent, 3, past_key_values=cache)
+        second = generated(model, sent, 3, **{CACHE: cache})
     assert torch.equal(second[:, : turn["input_ids"].shape[1]], turn["input_ids"])
     assert torch.equal(second, greedy(lambda now: masked(model, seen, now)[:, -1], turn, 3))
 
@@ -196,7 +198,7 @@ def test_a_new_picture_in_the_second_turn(name: str) -> None:
         whole = model(**both)
         cache = DynamicCache(config=model.config.get_text_config())
         model(**given, past_key_values=cache, use_cache=True)
-        ids = generated(model, both, 2, past_key_values=cache)
+        ids = generated(model, both, 2, **{CACHE: cache})
         last = whole.logits[:, -1]
         last[:, SILENT] = -torch.inf
         assert torch.equal(ids[:, -2], last.argmax(1))
@@ -215,7 +217,7 @@ def test_a_loop_of_forwards_with_a_growing_mask() -> None:
                     step.logits[:, -1, SILENT] = -torch.inf
                     found.append(step.logits[:, -1:].argmax(-1))
                     mask = torch.cat((mask, mask.new_ones(1, 1)), dim=1)
-                    step = model(input_ids=found[-1], attention_mask=mask, past_key_values=step.past_key_values)
+                    step = model(input_ids=found[-1], attention_mask=mask, **{CACHE: hf_cache.cache_in(step)})
             assert torch.equal(torch.cat(found, dim=1), expected), (place, positions)
 
 
@@ -229,7 +231,7 @@ def test_a_loop_of_forwards_over_a_padded_batch() -> None:
             step.logits[:, -1, SILENT] = -torch.inf
             found.append(step.logits[:, -1:].argmax(-1))
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-            step = model(input_ids=found[-1], attention_mask=mask, past_key_values=step.past_key_values)
+            step = model(input_ids=found[-1], attention_mask=mask, **{CACHE: hf_cache.cache_in(step)})
     assert torch.equal(torch.cat(found, dim=1), expected)
 
 

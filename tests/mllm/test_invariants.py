@@ -8,6 +8,7 @@ import pytest
 import torch
 from mllm_support import (
     ACTS,
+    CACHE,
     FAMILIES,
     MIXED,
     ONE,
@@ -26,6 +27,7 @@ from mllm_support import (
 )
 
 import visiontok as vt
+from visiontok.backbones import hf_cache
 from visiontok.core.signals import Site
 
 PLACES = tuple(ACTS)
@@ -162,8 +164,8 @@ def test_evicting_leaves_the_first_token_alone(name: str) -> None:
                     # The host would count positions of the whole mask for one new token.
                     places = (places + model.model.rope_deltas).expand(3, -1, -1)
                 counted = {"position_ids": places}
-                cache = step.past_key_values
-                step = model(input_ids=found[-1], attention_mask=mask, past_key_values=cache, **counted)
+                cache = hf_cache.cache_in(step)
+                step = model(input_ids=found[-1], attention_mask=mask, **{CACHE: cache}, **counted)
     assert torch.equal(torch.cat(found, dim=1), ids[:, -5:])
 
 

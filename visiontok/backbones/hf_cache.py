@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from visiontok.core.decoding import Evicted, Tokens
 from visiontok.errors import IncompatibleError
 
 __all__ = [
+    "cache_in",
     "entries",
     "hide",
     "known",
@@ -43,6 +45,14 @@ class _Held(NamedTuple):
     compact: bool
     sees: Tensor | None = None
     tokens: Tokens | None = None
+
+
+def cache_in(given: Any) -> Any:
+    """The cache in what a model takes or gives, under its name since transformers 5.24 or the one before; None if
+    there is none."""
+    if not isinstance(given, Mapping):
+        return None
+    return next((given[name] for name in ("cache", "past_key_values") if name in given), None)
 
 
 def layers_of(cache: Any) -> dict[int, _Held] | None:
@@ -134,7 +144,7 @@ def _short_layers() -> dict[type, type]:
 
 def substitute(run: Any, index: int, x: Tensor, kwargs: dict[str, Any]) -> None:
     """Gives a layer with a short cache the mask, and where needed the positions, of tokens after the prompt."""
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = cache_in(kwargs)
     held = (layers_of(cache) or {}).get(index)
     if held is None:
         return

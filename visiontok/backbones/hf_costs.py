@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visiontok.backbones import hf_decoder
+from visiontok.backbones import hf_cache, hf_decoder
 from visiontok.core import flops, patching
 from visiontok.core.costs import Anatomy, LayerCost
 from visiontok.errors import IncompatibleError
@@ -80,7 +80,7 @@ def _run(stack: Any, length: int) -> tuple[int, int]:
     """MACs of the only layer of a decoder, and how many numbers it caches."""
     dtype = next(p.dtype for p in stack.parameters() if p.is_floating_point())
     kept: list[Any] = []
-    hook = stack.register_forward_hook(lambda module, args, output: kept.append(output.past_key_values))
+    hook = stack.register_forward_hook(lambda module, args, output: kept.append(hf_cache.cache_in(output)))
     try:
         given = {
             "inputs_embeds": torch.empty(1, length, stack.config.hidden_size, device="meta", dtype=dtype),

@@ -94,7 +94,7 @@ class Run:
         self.model, self.reduction, self.given = model, reduction, given
         self.stack = stack_of(model)
         self.base = hf_attention.base_name(self.stack.config._attn_implementation or "eager")
-        self.cache = given.get("past_key_values")
+        self.cache = hf_cache.cache_in(given)
         self.later = hf_cache.layers_of(self.cache) is not None or _filled(self.cache)
         self.table: _Table | None = None
         self.tokens: Tokens | None = None
@@ -228,12 +228,12 @@ class Run:
         else:
             rotary = tuple(_columns(table, whole, -2) for table in rotary)
             places = None if places is None else _columns(places, whole, -1)
-        mask = hf_cache.prefill_mask(self.base, tokens, kwargs.get("past_key_values"), x)
+        mask = hf_cache.prefill_mask(self.base, tokens, hf_cache.cache_in(kwargs), x)
         return _Table(tokens, rotary, places, mask)
 
     def after(self, index: int, kwargs: Mapping[str, Any]) -> None:
         """Evicts from the layer's cache what its own attention decides on, or hides it until the next token."""
-        stop, cache = self.reduction.evictions.get(index), kwargs.get("past_key_values")
+        stop, cache = self.reduction.evictions.get(index), hf_cache.cache_in(kwargs)
         if stop is None or cache is None:
             return
         if index in self.revived:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from visiontok.backbones import hf_attention
+from visiontok.backbones import hf_attention, hf_cache
 from visiontok.backbones.hf_attention import KEYWORD
 from visiontok.backbones.hf_decoder import ATTENTION, Run, stack_of
 from visiontok.core.multimodal import MultimodalReduction
@@ -122,4 +122,4 @@ class Leave(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         run = kwargs.get(KEYWORD)
         if run is not None:
-            run.leave(getattr(output, "past_key_values", None))
+            run.leave(hf_cache.cache_in(output))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visiontok.backbones import hf_decoder, hf_hooks
+from visiontok.backbones import hf_cache, hf_decoder, hf_hooks
 from visiontok.backbones.hf_pictures import MODALITIES, Encoded, encode, pixels_in
 from visiontok.backbones.hf_watching import Layout
 from visiontok.core.compacting import Compacted, Span, compact, find_spans
@@ -135,7 +135,7 @@ def generate(model: Any, host: Callable[..., Any], given: dict[str, Any]) -> Any
 
 def _remembered(out: Any, memory: Memory | None) -> Any:
     """The output, whose cache knows what is missing from the turns that it holds."""
-    cache = getattr(out, "past_key_values", None)
+    cache = hf_cache.cache_in(out)
     if memory is not None and cache is not None:
         setattr(cache, _MEMORY, memory)
     return out
@@ -157,7 +157,7 @@ def _shortened(
     model: Any, reduction: MultimodalReduction, given: dict[str, Any], generating: bool = False
 ) -> tuple[dict[str, Any], Memory | None]:
     """The call with a shortened prompt, or itself, and what is to be remembered of it."""
-    cache = given.get("past_key_values")
+    cache = hf_cache.cache_in(given)
     memory: Memory | None = getattr(cache, _MEMORY, None)
     brings = any(pixels_in(given, modality) for modality in MODALITIES)
     if reduction.prompt is None and reduction.inner is None:
@@ -298,7 +298,7 @@ class _Shortening:
         call.pop("mm_token_type_ids", None)
 
     def _remember(self, call: dict[str, Any], short: Compacted) -> None:
-        memory, cache = self.memory, self.given.get("past_key_values")
+        memory, cache = self.memory, hf_cache.cache_in(self.given)
         memory.length, memory.live = self.ids.shape[1], short.live
         memory.offset = (self.mask.sum(1) - short.live.shape[1]).unsqueeze(1)
         memory.original = self.reduction.keeps_positions
@@ -387,7 +387,7 @@ def _continued(model: Any, given: dict[str, Any], memory: Memory) -> dict[str, A
         if original:
             call["position_ids"] = _gathered((live.long().cumsum(-1) - 1).clamp_min(0), short)
     elif original and ids is not None:
-        past = given["past_key_values"].get_seq_length()
+        past = hf_cache.cache_in(given).get_seq_length()
         places = torch.arange(ids.shape[1], device=ids.device) + past
         call["position_ids"] = places + memory.offset
     return call

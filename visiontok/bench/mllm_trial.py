@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import visiontok as vt
+from visiontok.backbones import hf_cache
 from visiontok.bench import environment, mllm_models, timing, vqa
 from visiontok.bench.progress import bar
 from visiontok.bench.results import TrialSpec, jsonable
@@ -227,7 +228,7 @@ class MllmSubject:
 
         def forward(**values: Tensor) -> None:
             model: Any = mllm.model
-            kept.append(model(**values, use_cache=True).past_key_values)
+            kept.append(hf_cache.cache_in(model(**values, use_cache=True)))
 
         with self._autocast():
             gmacs = flops.profile(forward, inputs).total / 1e9  # pyright: ignore[reportArgumentType]
