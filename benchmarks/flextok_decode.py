@@ -1,7 +1,7 @@
 """FlexTok's decoder against its official packing: time and memory of one pair of velocities, without the VAE.
 
 The official way is written anew here: all images of a batch in one sequence under a block-diagonal mask, every dropped
-or null register a token of its own, the modulations computed in every call, all rows through the last block.
+or null register a token of its own, mask and modulations made in every call, all rows through the last block.
 
     python benchmarks/flextok_decode.py [--batch 1 8] [--tokens 32] [--repeats 5] [--store]
 
@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 from visiontok.tokenizers.flextok import FlexTok
 from visiontok.tokenizers.flextok_config import variant_config
-from visiontok.tokenizers.flextok_modules import norm, patchify, position_table
+from visiontok.tokenizers.flextok_modules import frequencies, norm, patchify, position_table, unpatchify
 from visiontok.tokenizers.flow import Guidance, sample, time_grid
 
 RESULTS = Path(__file__).parent / "results" / "flextok_decode.csv"
@@ -42,36 +43,53 @@ def build(variant: str) -> FlexTok:
     return model.eval()
 
 
-def packed_velocity(model: FlexTok, ids: Tensor, conditional: bool) -> Callable[[Tensor, float], Tensor]:
-    """The official way for rows `(B, k)` of ids; its mask is made once, as its block mask is."""
-    decoder, size = model.decoder, model.decoder.size
-    registers = decoder.registers(model.code_vectors(ids))
-    rest = decoder.mask_token.expand(len(ids), model.length - ids.shape[1], -1)
-    registers = torch.cat([registers, rest], 1)
-    if not conditional:
-        registers = decoder.null.expand(len(ids), model.length, -1)
-    parts: Any = decoder.module_dict
-    side = model.config["latent_size"] // size
-    count = side * side
-    owner = torch.cat(
-        [torch.arange(len(ids)).repeat_interleave(count), torch.arange(len(ids)).repeat_interleave(model.length)]
-    )
-    mask = torch.zeros(len(owner), len(owner)).masked_fill(owner[:, None] != owner, float("-inf"))[None, None]
-    mask_or_none = mask if len(ids) > 1 else None
-    table = position_table(parts["dec_patches_posemb_module"].posembs, (side, side), scaling=decoder.positions)
+class Packed:
+    """The official way for rows `(B, k)` of ids.
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        blocks, head = decoder.modulation(torch.tensor([t]))
-        patches = parts["dec_noise_patch_emb"].patch_proj(patchify(x, size)) + table.flatten(2).transpose(1, 2)
-        y = torch.cat([patches.flatten(0, 1), registers.flatten(0, 1)])[None]
-        for number, block in enumerate(decoder.blocks):
-            y = block.modulated(y, blocks[:, number], len(ids) * count, mask_or_none, False)
-        shift, scale = head.unbind(1)
-        y = norm(y) * (1 + scale[:, None]) + shift[:, None]
-        out = parts["dec_to_patches"].proj(y[0, : len(ids) * count]).view(len(ids), side, side, size, size, -1)
-        return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+    All images are one sequence, patches and registers of each side by side. Every call makes the mask anew and repeats
+    the modulations for every token, as the official code does when it falls back to plain attention.
+    """
 
-    return velocity
+    def __init__(self, model: FlexTok, ids: Tensor, conditional: bool) -> None:
+        decoder, batch = model.decoder, len(ids)
+        self.decoder, self.batch = decoder, batch
+        rest = decoder.mask_token.expand(batch, model.length - ids.shape[1], -1)
+        registers = torch.cat([decoder.registers(model.code_vectors(ids)), rest], 1)
+        self.registers = registers if conditional else decoder.null.expand_as(registers)
+        self.side = model.config["latent_size"] // decoder.size
+        self.counts = torch.tensor([self.side**2, model.length])
+        table = decoder.module_dict["dec_patches_posemb_module"].posembs
+        places = position_table(table, (self.side, self.side), scaling=decoder.positions)
+        self.places = places.flatten(2).transpose(1, 2)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        decoder, batch = self.decoder, self.batch
+        parts: Any = decoder.module_dict
+        patches = parts["dec_noise_patch_emb"].patch_proj(patchify(x, decoder.size)) + self.places
+        y = torch.cat([patches, self.registers], 1).flatten(0, 1)[None]
+        owner = torch.arange(batch).repeat_interleave(int(self.counts.sum()))
+        total = len(owner)
+        mask = create_mask(lambda b, h, q, k: owner[q] == owner[k], None, None, total, total, device="cpu")
+        mlp = parts["dec_time_embedder"].mlp
+        waves = frequencies(torch.full((batch,), t), decoder.frequency_size, **decoder.time)
+        time = mlp(waves.to(mlp[0].weight.dtype))
+        for block in decoder.blocks:
+            y = self._block(block, y, self._spread(block.adaLN_modulation(time)), mask)
+        shift, scale = self._spread(parts["dec_to_patches"].adaLN_modulation(time).repeat(1, 2)).chunk(2, -1)
+        y = norm(y) * (1 + scale) + shift
+        out = parts["dec_to_patches"].proj(y.view(batch, -1, y.shape[-1])[:, : self.side**2])
+        return unpatchify(out, decoder.size, (self.side, self.side))
+
+    def _spread(self, modulation: Tensor) -> Tensor:
+        """One row for each token of `(B, 2 n D)`."""
+        each = modulation.view(2 * self.batch, -1)
+        return each.repeat_interleave(self.counts.repeat(self.batch), 0)[None]
+
+    def _block(self, block: Any, x: Tensor, modulation: Tensor, mask: Tensor) -> Tensor:
+        gate_a, gate_m, shift_a, scale_a, shift_m, scale_m = modulation.chunk(6, -1)
+        z = norm(x) * (1 + scale_a) + shift_a
+        x = x + gate_a * block.attn(z, block.attn.keys(z), mask)
+        return x + gate_m * block.mlp(norm(x) * (1 + scale_m) + shift_m)
 
 
 def peak(run: Callable[[], object]) -> float:
@@ -102,7 +120,7 @@ def compare(model: FlexTok, batch: int, tokens: int, repeats: int) -> dict[str, 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.codebook_size, (batch, tokens), generator=generator)
     noise = torch.randn(batch, model.config["latent_channels"], 32, 32, generator=generator)
-    official = {flag: packed_velocity(model, ids, flag) for flag in (True, False)}
+    official = {flag: Packed(model, ids, flag) for flag in (True, False)}
     times = time_grid(25)
     ours = model._network(ids, [tokens] * batch, times, noise, False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ def numbers(backbone: str) -> dict[str, Tensor]:
         with vt.patched(model, name, **budget_of(name)), torch.no_grad():
             fill(model, "visiontok.")
             out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        if isinstance(out, Mapping) and "logits" in out:
+            # What stands beside the logits of a multimodal model depends on the version of transformers.
+            out = out["logits"]
         leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         found[name] = torch.cat([sampled(leaf) for leaf in leaves])
     return found

@@ -19,4 +19,5 @@ def test_v1_numbers_are_those_stored(backbone: str) -> None:
     hint = f"stored with {versions}; see regression_numbers.py"
     assert sorted(have) == sorted(want), hint
     for name, values in have.items():
-        torch.testing.assert_close(values, want[name], atol=1e-8, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m} {hint}")
+        # Similarities are in fp32 whatever the model's precision, and every CPU sums them in an order of its own.
+        torch.testing.assert_close(values, want[name], atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m} {hint}")
