@@ -11,9 +11,8 @@ Weights are random: the size is official, and time does not depend on their valu
 from __future__ import annotations
 
 import argparse
-import csv
+import ctypes
 import gc
-import platform
 import statistics
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import store
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
@@ -30,7 +30,8 @@ from visiontok.tokenizers.flextok_config import variant_config
 from visiontok.tokenizers.flextok_modules import frequencies, norm, patchify, position_table, unpatchify
 from visiontok.tokenizers.flow import Guidance, sample, time_grid
 
-RESULTS = Path(__file__).parent / "results" / "flextok_decode.csv"
+FILE = store.RESULTS / "flextok_decode.csv"
+KEY = ("variant", "batch", "tokens", "device")
 
 
 def build(variant: str) -> FlexTok:
@@ -95,6 +96,8 @@ class Packed:
 def peak(run: Callable[[], object]) -> float:
     """MiB that a run holds more than before, sampled every 2 ms from the process."""
     gc.collect()
+    # What earlier runs freed and the allocator kept would hide this run's need.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     highest, done = resident(), threading.Event()
 
     def watch() -> None:
@@ -163,7 +166,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--store", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--store", action="store_true", help=f"write {FILE.name}")
     args = parser.parse_args()
     model = build(args.variant)
     rows = []
@@ -171,11 +174,8 @@ def main() -> None:
         rows.append({"variant": args.variant, **compare(model, batch, args.tokens, args.repeats)})
         print(rows[-1], flush=True)
     if args.store:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*rows[0], "machine", "threads", "torch"])
-            writer.writeheader()
-            where = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-            writer.writerows({**row, **where, "torch": torch.__version__} for row in rows)
+        where = store.machine("cpu")
+        store.put(FILE, [row | where for row in rows], KEY)
 
 
 if __name__ == "__main__":

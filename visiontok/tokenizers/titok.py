@@ -158,9 +158,8 @@ class TiTok(Tokenizer):
         return mean.transpose(1, 2)[:, :tokens]
 
     def _decode(
-        self, ids: Tensor, lengths: Sequence[int], *, pixel_dtype: str | None = None, channels_last: bool = False,
-        bucket: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self, ids: Tensor, lengths: Sequence[int], *, pixel_dtype: str | None = None, bucket: bool = False
+    ) -> Tensor:
         if pixel_dtype not in _DTYPES:
             raise ParameterError(f"pixel_dtype must be None, 'float32' or 'bfloat16', got {pixel_dtype!r}.")
         codes = self.codes(ids)
@@ -172,12 +171,9 @@ class TiTok(Tokenizer):
             live = torch.arange(width, device=codes.device) < torch.tensor(list(lengths), device=codes.device)[:, None]
             mask = torch.nn.functional.pad(live, (1 + self.decoder.grid**2, 0), value=True)[:, None, None]
         logits = self.logits(codes, mask)
-        if channels_last and self.config["pixel"] is not None:
-            self.pixel_decoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            logits = logits.contiguous(memory_format=torch.channels_last)
         with torch.autocast(logits.device.type, dtype=torch.bfloat16, enabled=pixel_dtype == "bfloat16"):
             images = self.pixels(logits)
-        return images.float()
+        return images.float().contiguous()
 
     @property
     def _l2(self) -> bool:

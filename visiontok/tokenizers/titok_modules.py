@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visiontok.tokenizers.parts import in_parts
+
 __all__ = ["Block", "Codebook", "Decoder", "Encoder"]
 
 
@@ -65,9 +67,13 @@ class Block(nn.Module):
 
 def run(blocks: nn.ModuleList, x: Tensor, rows: slice, mask: Tensor | None = None) -> Tensor:
     """All blocks; of the last one only `rows` are computed."""
-    for number, block in enumerate(blocks):
-        x = block(x, rows if number + 1 == len(blocks) else slice(None), mask)
-    return x
+
+    def through(x: Tensor, mask: Tensor | None) -> Tensor:
+        for number, block in enumerate(blocks):
+            x = block(x, rows if number + 1 == len(blocks) else slice(None), mask)
+        return x
+
+    return in_parts(through, 4 * x[0].numel() * x.element_size(), x, mask)
 
 
 def _random(*shape: int) -> nn.Parameter:
