@@ -37,6 +37,8 @@ def tables() -> dict[str, str]:
         "overhead": overhead(),
         "import": imports(),
         "mllm": mllm(),
+        "flextok": flextok(),
+        "one_d_piece": one_d_piece(),
     }
 
 
@@ -234,6 +236,63 @@ def imports() -> str:
     return _told([f"{rows[0]['runs']} interleaved runs. {_machine(rows)}"], rows, lines)
 
 
+def flextok() -> str:
+    """FlexTok's velocities beside the official packing."""
+    rows = _latest("flextok_decode.csv", ("variant", "batch", "tokens", "device"))
+    if not rows:
+        return _NOTHING
+    lines = ["| model | batch | tokens | official, s | ours, s | ratio (least) | memory, official / ours, MiB "
+             "| velocities differ by | after two steps |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for row in sorted(rows, key=lambda row: (row["variant"], int(row["batch"]))):
+        lines.append(
+            f"| {row['variant']} | {row['batch']} | {row['tokens']} | {_number(row['official_s'], 2)} "
+            f"| {_number(row['ours_s'], 2)} | {_number(row['ratio'], 2)} ({_number(row['ratio_least'], 2)}) "
+            f"| {row['peak_official_mib']} / {row['peak_ours_mib']} | {row['velocity_difference']} "
+            f"| {row['two_steps_difference']} of {row['two_steps_largest']} |"
+        )
+    return _told([f"{rows[0]['repeats']} interleaved runs. {_machine(rows)}"], rows, lines)
+
+
+def one_d_piece() -> str:
+    """One-D-Piece beside the official sequence of operations."""
+    rows = _latest("one_d_piece.csv", ("model", "what", "implementation", "batch", "tokens", "device"))
+    if not rows:
+        return _NOTHING
+    lines = ["| model | | batch | tokens | ms per image | of official, one by one | ids equal | images differ by |",
+             "|---|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for row in sorted(
+        rows, key=lambda row: (row["model"], row["what"] != "encode", row["implementation"][:4] == "ours")
+    ):
+        lines.append(
+            f"| {row['model']} | {row['what']}: {row['implementation']} | {row['batch']} | {row['tokens']} "
+            f"| {_number(row['ms_per_image'], 0)} | x{_number(row['ratio'], 2)} | {float(row['same_ids']):.1%} "
+            f"| {row['difference']} |"
+        )
+    return _told([f"{rows[0]['repeats']} interleaved runs. {_machine(rows)}"], rows, lines)
+
+
+def mllm() -> str:
+    """Prefill of multimodal models: one line per method and budget."""
+    path = RESULTS / "mllm_prefill.csv"
+    if not path.exists():
+        return _NOTHING
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    head = "| method | visual tokens | batch | ms | speed-up | GMAC ratio | E_method | language: speed-up | GMAC ratio "
+    lines = [head + "| E_language | probes | compaction |", "|---" * 12 + "|"]
+    for row in rows:
+        cells = (
+            row["reducer"], row["keep"], row["batch"], f"{float(row['full_ms']):.0f} → {float(row['reduced_ms']):.0f}",
+            *(f"{float(row[name]):.2f}" for name in ("speedup", "gmac_ratio")),
+            f"{float(row['e_method']):.3f}",
+            *(f"{float(row[name]):.2f}" for name in ("language_speedup", "language_gmac_ratio")),
+            f"{float(row['e_language']):.3f}", f"{float(row['probe_share']):.1%}",
+            f"{float(row['compaction_ms']):.2f} ms",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _latest(name: str, key: Sequence[str], keep=lambda row: True) -> list[Row]:  # noqa: ANN001
     path = RESULTS / name
     if not path.exists():
@@ -292,25 +351,3 @@ def _module(name: str) -> ModuleType:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-
-
-def mllm() -> str:
-    """Prefill of multimodal models: one line per method and budget."""
-    path = RESULTS / "mllm_prefill.csv"
-    if not path.exists():
-        return _NOTHING
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    head = "| method | visual tokens | batch | ms | speed-up | GMAC ratio | E_method | language: speed-up | GMAC ratio "
-    lines = [head + "| E_language | probes | compaction |", "|---" * 12 + "|"]
-    for row in rows:
-        cells = (
-            row["reducer"], row["keep"], row["batch"], f"{float(row['full_ms']):.0f} → {float(row['reduced_ms']):.0f}",
-            *(f"{float(row[name]):.2f}" for name in ("speedup", "gmac_ratio")),
-            f"{float(row['e_method']):.3f}",
-            *(f"{float(row[name]):.2f}" for name in ("language_speedup", "language_gmac_ratio")),
-            f"{float(row['e_language']):.3f}", f"{float(row['probe_share']):.1%}",
-            f"{float(row['compaction_ms']):.2f} ms",
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
