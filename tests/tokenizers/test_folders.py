@@ -146,12 +146,20 @@ def test_lengths_by_quality_and_by_bytes(tokenizer: Tokenizer, photos: Path, tmp
     sizes = [path.stat().st_size for path in (tmp_path / "bytes").rglob("*.vtok")]
     assert len(sizes) == 9
     assert max(sizes) <= 35 < min(sizes) + 1 + 1
+    batch.encode_files(tokenizer, photos, tmp_path / "mean", mean_tokens=6)
+    shared = [len(file_format.open(path).ids) for path in sorted((tmp_path / "mean").rglob("*.vtok"))]
+    assert len(set(shared)) > 1
+    assert sum(shared) <= 6 * len(shared) < sum(shared) + 16
+    # One file of a job lost: all of it is done again, with the same shares.
+    next((tmp_path / "mean").rglob("*.vtok")).unlink()
+    batch.encode_files(tokenizer, photos, tmp_path / "mean", mean_tokens=6, resume=True)
+    assert [len(file_format.open(path).ids) for path in sorted((tmp_path / "mean").rglob("*.vtok"))] == shared
     batch.encode_files(tokenizer, photos, tmp_path / "psnr", target_psnr=14.0)
     lengths = {len(file.ids) for _, file in shards.read(tmp_path / "psnr") if not isinstance(file, str)}
     assert len(lengths) > 1
-    for key, value in ({"budget_bytes": 10}, "budget_bytes"), ({"tokens": 99}, "tokens"):
-        with pytest.raises(ParameterError, match=value):
-            batch.encode_files(tokenizer, photos, tmp_path / "none", **key)
+    for name, value in (("budget_bytes", 10), ("tokens", 99), ("mean_tokens", 99.0)):
+        with pytest.raises(ParameterError, match=name):
+            batch.encode_files(tokenizer, photos, tmp_path / "none", **{name: value})
     assert not (tmp_path / "none").exists()
 
 

@@ -3,6 +3,7 @@
   visiontok encode photo.png -o photo.vtok                                         the shipped tiny tokenizer
   visiontok encode photos -o tokens --tokens 8
   visiontok encode photos -o tokens --target-psnr 20 --to parquet --resume
+  visiontok encode photos -o tokens --mean-tokens 12 --to parquet
   visiontok encode shard-*.tar -o tokens -t one_d_piece --weights one-d-piece-s.bin --to webdataset
   visiontok encode photos -o tokens --to parquet --launcher ray --concurrency 4
 
@@ -28,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokens", type=positive, metavar="K", help="tokens for each picture")
     group.add_argument("--target-psnr", type=float, metavar="DB", help="the fewest that reach this quality")
     group.add_argument("--budget-bytes", type=positive, metavar="N", help="as many as fit into a file of N bytes")
+    group.add_argument(
+        "--mean-tokens", type=float, metavar="X", help="X on average, more for pictures that need them, in each shard"
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--to", choices=("vtok", "parquet", "webdataset"), default="vtok", help="form (vtok)")
     group.add_argument("--shard-size", type=positive, default=1024, metavar="N", help="pictures per shard (1024)")
@@ -95,8 +99,8 @@ def _local(args: argparse.Namespace) -> Any:
     tokenizer = loading.load(args.tokenizer, **tokenizer_options(args))
     return batch.encode_files(
         tokenizer, args.source, args.output, to=args.to, tokens=args.tokens, target_psnr=args.target_psnr,
-        budget_bytes=args.budget_bytes, fit=args.fit, batch_size=args.batch_size, shard_size=args.shard_size,
-        workers=args.workers, resume=args.resume, progress=tracked("encode", args.quiet),
+        budget_bytes=args.budget_bytes, mean_tokens=args.mean_tokens, fit=args.fit, batch_size=args.batch_size,
+        shard_size=args.shard_size, workers=args.workers, resume=args.resume, progress=tracked("encode", args.quiet),
         **given(args, "seed", "steps", "guidance"),
     )  # fmt: skip
 
@@ -109,6 +113,7 @@ def _ray(args: argparse.Namespace) -> Any:
         raise ParameterError(f"--launcher ray writes Parquet; pass --to parquet instead of {args.to}")
     return tokenize_dataset(
         args.source, args.output, tokenizer=args.tokenizer, load_options=tokenizer_options(args), tokens=args.tokens,
-        target_psnr=args.target_psnr, budget_bytes=args.budget_bytes, fit=args.fit, batch_size=args.batch_size,
-        shard_size=args.shard_size, workers=args.workers, concurrency=args.concurrency, resume=args.resume,
+        target_psnr=args.target_psnr, budget_bytes=args.budget_bytes, mean_tokens=args.mean_tokens, fit=args.fit,
+        batch_size=args.batch_size, shard_size=args.shard_size, workers=args.workers, concurrency=args.concurrency,
+        resume=args.resume,
     )  # fmt: skip

@@ -12,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from visiontok.bench.data import UnreadableImageError
@@ -34,18 +36,22 @@ class Choice:
         tokens: As many.
         target_psnr: The fewest with which the reconstruction has as many dB.
         budget_bytes: As many as fit into a `.vtok` file of this size.
+        mean_tokens: As many on average, more for pictures that need them (`quality.allocate`). They are shared out
+            within each shard, so that every shard comes out the same however a run was interrupted.
     """
 
     tokens: int | None = None
     target_psnr: float | None = None
     budget_bytes: int | None = None
+    mean_tokens: float | None = None
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raises ParameterError if more than one is set or one cannot be met."""
         given = [name for name, value in asdict(self).items() if value is not None]
         if len(given) > 1:
-            raise ParameterError(f"give one of tokens, target_psnr and budget_bytes, not {' and '.join(given)}.")
-        most = self._most(tokenizer)
+            names = ", ".join(asdict(self))
+            raise ParameterError(f"give one of {names}, not {' and '.join(given)}.")
+        most = self._most(tokenizer) if self.mean_tokens is None else self.mean_tokens
         if not tokenizer.shortest <= most <= tokenizer.length:
             limits = f"{tokenizer.shortest} to {tokenizer.length} tokens"
             raise ParameterError(f"{(given or ['tokens'])[0]} must give {limits}, got {most}.")
@@ -57,6 +63,20 @@ class Choice:
         if self.target_psnr is not None:
             lengths, _ = quality.shortest(tokenizer, images, self.target_psnr)
         return [row[:length].cpu() for row, length in zip(ids, lengths)]
+
+    def errors(self, tokenizer: Tokenizer, images: Tensor, ids: Sequence[Tensor]) -> NDArray[np.float64]:
+        """Mean square errors `(B, L)` at `quality.default_lengths`, for `share`."""
+        found = quality.rate_quality(tokenizer, images, ids=torch.stack(list(ids)))
+        return 10 ** (-found.double().numpy() / 10)
+
+    def share(self, tokenizer: Tokenizer, rows: Sequence[Row], errors: Sequence[NDArray[np.float64]]) -> list[Row]:
+        """Rows of a shard with as many of their tokens as `mean_tokens` allows all of them together."""
+        good = [row for row in rows if row.ids is not None]
+        if self.mean_tokens is None or not good:
+            return list(rows)
+        budget = int(self.mean_tokens * len(good))
+        lengths = iter(quality.allocate(np.concatenate(errors), quality.default_lengths(tokenizer), budget).tolist())
+        return [row if row.ids is None else row._replace(ids=row.ids[: next(lengths)]) for row in rows]
 
     def _most(self, tokenizer: Tokenizer) -> int:
         if self.budget_bytes is None:
@@ -101,6 +121,7 @@ def encode_files(
     tokens: int | None = None,
     target_psnr: float | None = None,
     budget_bytes: int | None = None,
+    mean_tokens: float | None = None,
     fit: str = "crop",
     batch_size: int = 32,
     shard_size: int = 1024,
@@ -116,7 +137,7 @@ def encode_files(
         source: See `sources.jobs`.
         output: Folder, new or empty; a `.vtok` file if the source is one picture.
         to: "vtok" (one file for each picture), "parquet" or "webdataset" (shards).
-        tokens, target_psnr, budget_bytes: See `Choice`.
+        tokens, target_psnr, budget_bytes, mean_tokens: See `Choice`.
         fit: See `Tokenizer.preprocess`.
         batch_size: Pictures per batch.
         shard_size: Pictures per shard, of image files; a shard of a source becomes one shard.
@@ -128,7 +149,7 @@ def encode_files(
     Raises:
         ParameterError: A bad argument, a source without pictures, or an output that is not empty.
     """
-    choice = Choice(tokens, target_psnr, budget_bytes)
+    choice = Choice(tokens, target_psnr, budget_bytes, mean_tokens)
     choice.check(tokenizer)
     if to not in shards.FORMATS or fit not in FITS:
         raise ParameterError(f"to must be one of {shards.FORMATS} and fit one of {FITS}, got {to!r} and {fit!r}.")
@@ -148,7 +169,7 @@ def encode_files(
         shards.open_output(target, {**settings, "shard_size": shard_size, **hints}, resume)
     summary = Summary()
     for number, job in enumerate(progress(found)):
-        todo = _unfinished(job, target, to, number, resume and not single, summary, tokenizer)
+        todo = _unfinished(job, target, to, number, resume and not single, summary, tokenizer, choice)
         if todo is None:
             continue
         rows = encode_job(tokenizer, todo, choice, fit=fit, batch_size=batch_size, workers=workers)
@@ -172,15 +193,19 @@ def encode_job(
 ) -> list[Row]:
     """Rows of pictures, in their order; one that cannot be read becomes a row with the reason."""
     rows: list[Row] = []
+    errors: list[NDArray[np.float64]] = []
     for batch in _batches(_loaded(entries, tokenizer, fit, workers, 2 * batch_size), batch_size):
         good = [item for item in batch if item.image is not None]
         images = torch.stack([item.image for item in good if item.image is not None]) if good else None
-        ids = iter(choice.encode(tokenizer, images)) if images is not None else iter(())
+        found = [] if images is None else choice.encode(tokenizer, images)
+        if images is not None and choice.mean_tokens is not None:
+            errors.append(choice.errors(tokenizer, images, found))
+        ids = iter(found)
         rows += [
             Row(item.key, None, item.size, item.error) if item.image is None else Row(item.key, next(ids), item.size)
             for item in batch
         ]
-    return rows
+    return choice.share(tokenizer, rows, errors)
 
 
 def decode_files(
@@ -273,7 +298,14 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _unfinished(
-    job: sources.Job, target: Path, to: str, number: int, resume: bool, summary: Summary, tokenizer: Tokenizer
+    job: sources.Job,
+    target: Path,
+    to: str,
+    number: int,
+    resume: bool,
+    summary: Summary,
+    tokenizer: Tokenizer,
+    choice: Choice,
 ) -> list[sources.Entry] | Iterator[sources.Entry] | None:
     if not resume:
         return sources.entries(job)
@@ -283,6 +315,9 @@ def _unfinished(
         summary.skipped += len(job.keys) or sum(1 for _ in shards.read(shards.shard_path(target, to, number)))
         return None
     todo = [entry for entry in sources.entries(job) if not _stored(target / f"{entry.key}.vtok", tokenizer)]
+    if todo and choice.mean_tokens is not None:
+        # What one picture gets depends on all of the job.
+        return sources.entries(job)
     summary.skipped += (len(job.keys) or sum(1 for _ in sources.entries(job))) - len(todo)
     return todo or None
 

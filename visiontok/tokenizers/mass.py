@@ -24,6 +24,7 @@ def tokenize_dataset(
     tokens: int | None = None,
     target_psnr: float | None = None,
     budget_bytes: int | None = None,
+    mean_tokens: float | None = None,
     fit: str = "crop",
     batch_size: int = 32,
     shard_size: int = 1024,
@@ -44,7 +45,7 @@ def tokenize_dataset(
         output: Folder that all workers see.
         tokenizer: Name for `tokenizers.load`.
         load_options: Its other arguments.
-        tokens, target_psnr, budget_bytes, fit, batch_size, shard_size, workers: As in `encode_files`.
+        tokens, target_psnr, budget_bytes, mean_tokens, fit, batch_size, shard_size, workers: As in `encode_files`.
         concurrency: Workers, each with a model.
         num_cpus, num_gpus: What each worker reserves.
         resume: Continue `output`.
@@ -57,7 +58,8 @@ def tokenize_dataset(
         import ray.data
     except ImportError as error:
         raise MissingDependencyError("mass tokenising needs Ray: pip install 'visiontok[dist]'") from error
-    begun, choice, folder = time.perf_counter(), Choice(tokens, target_psnr, budget_bytes), Path(output).resolve()
+    begun, folder = time.perf_counter(), Path(output).resolve()
+    choice = Choice(tokens, target_psnr, budget_bytes, mean_tokens)
     # The driver needs the model too, briefly: for its checks, and so that all shards have one identity.
     model = loading.load(tokenizer, **{**(load_options or {}), "device": "cpu"})
     choice.check(model)
