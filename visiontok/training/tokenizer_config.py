@@ -45,6 +45,11 @@ class TokenizerRecipe:
         restart_every: Steps after which codes that were never used are placed anew; 0 for never.
         repa: timm model whose features a decoder layer learns to predict (arXiv:2410.06940), or None (flow).
         repa_layer, repa_weight: Which layer, and the weight of that loss.
+        perceptual: timm classifier whose logits are to be those of the image, or None ("joint", "decoder").
+        perceptual_weight: Weight of that loss.
+        adversarial_weight: Of a discriminator's hinge loss, 0 for none ("joint", "decoder").
+        adversarial_start: Updates before it acts.
+        lecam_weight: Of the discriminator's LeCam term.
         augment: Small random shifts, scales and rotations; for digits.
         log_every, checkpoint_every: In steps.
     """
@@ -72,6 +77,11 @@ class TokenizerRecipe:
     repa: str | None = None
     repa_layer: int = 1
     repa_weight: float = 0.5
+    perceptual: str | None = None
+    perceptual_weight: float = 0.1
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 20_000
+    lecam_weight: float = 0.001
     augment: bool = False
     log_every: int = 100
     checkpoint_every: int = 1000
@@ -87,6 +97,10 @@ class TokenizerRecipe:
         kinds = ("uniform", "pow2", "uniform_pow2", "none") if self.stage == "flow" else ("tail", "none")
         if self.drop not in kinds:
             raise ParameterError(f"drop in stage {self.stage} must be one of {', '.join(kinds)}, got {self.drop!r}.")
+        if self.stage in ("proxy", "flow") and (self.perceptual or self.adversarial_weight):
+            raise ParameterError(
+                f"perceptual and adversarial_weight need decoded images, which stage {self.stage!r} does not make."
+            )
         for name in ("updates", "batch_size", "log_every", "checkpoint_every"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ParameterError(f"{name} must be a whole number of at least 1, got {value!r}.")

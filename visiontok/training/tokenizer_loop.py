@@ -209,7 +209,7 @@ class _Run:
             nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
         self.optimizer.step()
         self.updates += 1
-        self.objective.after(self.model, self.updates)
+        self.objective.after(self.model, self.updates, rate)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return {name: value.detach() for name, value in losses.items()}

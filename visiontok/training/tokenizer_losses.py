@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visiontok.errors import MissingDependencyError, ParameterError
+from visiontok.training.adversarial import Adversary, Perceptual
 from visiontok.training.tokenizer_config import TokenizerRecipe
 from visiontok.training.tokenizer_noise import keep_lengths, noise_levels, noised, tail_token_drop
 
@@ -35,6 +36,12 @@ class VqObjective(nn.Module):
         if recipe.stage == "proxy" and model.config["pixel"] is None:
             raise ParameterError("the stage 'proxy' needs a model with a pixel codebook; use 'joint'.")
         self.recipe, self.codes = recipe, codes
+        self.perceptual = Perceptual(recipe.perceptual) if recipe.perceptual else None
+        self.adversary = None
+        if recipe.adversarial_weight:
+            self.adversary = Adversary(
+                recipe.adversarial_start, recipe.lecam_weight, recipe.betas, recipe.weight_decay, recipe.clip_grad
+            )
         self.register_buffer("used", torch.zeros(model.codebook_size, dtype=torch.long))
 
     def trained(self, model: Any) -> list[nn.Parameter]:
@@ -57,18 +64,38 @@ class VqObjective(nn.Module):
         if self.codes is not None:
             parts = {"cross_entropy": F.cross_entropy(logits.flatten(2).float(), self.codes(images))}
         else:
-            parts = {"l2": F.mse_loss(model.pixels(logits).float(), images)}
+            parts = self._looks(model.pixels(logits).float(), images)
         if not frozen:
             parts["quantizer"] = losses["total"]
-        total = sum(self.recipe.quantizer_weight * v if k == "quantizer" else v for k, v in parts.items())
+        recipe = self.recipe
+        weights = {
+            "quantizer": recipe.quantizer_weight,
+            "perceptual": recipe.perceptual_weight,
+            "adversarial": recipe.adversarial_weight,
+        }
+        total = sum(weights.get(name, 1.0) * value for name, value in parts.items())
         return {"loss": torch.as_tensor(total), **parts}
 
-    @torch.no_grad()
-    def after(self, model: Any, update: int) -> None:
-        """Places codes that nobody used on latents of the last batch."""
+    def _looks(self, made: Tensor, images: Tensor) -> dict[str, Tensor]:
+        self._pair = images, made.detach()
+        with torch.autocast(made.device.type, enabled=False):
+            parts = {"l2": F.mse_loss(made, images)}
+            if self.perceptual is not None:
+                parts["perceptual"] = self.perceptual(made, images)
+            if self.adversary is not None and self.adversary.acts:
+                parts["adversarial"] = self.adversary.loss(made)
+        return parts
+
+    def after(self, model: Any, update: int, rate: float) -> None:
+        """Trains the discriminator, and places codes that nobody used on latents of the last batch."""
+        if self.adversary is not None:
+            self.adversary.step(*self._pair, rate)
         every = self.recipe.restart_every
-        if not every or update % every:
-            return
+        if every and not update % every:
+            self._restart(model)
+
+    @torch.no_grad()
+    def _restart(self, model: Any) -> None:
         unused = (self.used == 0).nonzero()[:, 0]
         rows = self._z[:, :, 0].transpose(1, 2).reshape(-1, self._z.shape[1]).to(model.codebook.dtype)
         model.codebook[unused] = rows[torch.randint(len(rows), (len(unused),), device=rows.device)]
@@ -151,7 +178,7 @@ class FlowObjective(nn.Module):
         total = parts["flow"] + recipe.repa_weight * parts.get("repa", 0.0)
         return {"loss": total, **parts}
 
-    def after(self, model: Any, update: int) -> None:
+    def after(self, model: Any, update: int, rate: float) -> None:
         """Nothing is left to do after an update."""
 
 
