@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from torch import Tensor
 
 import visiontok as vt
 from visiontok.backbones import hf_cache
+from visiontok.backbones.hf_decoder import stack_of
 from visiontok.errors import IncompatibleError
 
 SOME = pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
@@ -262,3 +264,44 @@ def test_labels_follow_their_tokens(name: str, place: str) -> None:
     with vt.patched(model, act(place)), torch.no_grad():
         as_tuple = model(**given, labels=labels, return_dict=False)
     assert torch.equal(as_tuple[0], out.loss)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_hidden_entries_are_not_seen_by_later_tokens(name: str) -> None:
+    """Against the plain model with the columns masked, layer by layer, that the patched run hid."""
+    model, given = model_of(name), ask(name, [[1, 5, P, 6, 7, 8]])
+    token = torch.tensor([[11]])
+    mask = torch.ones(1, given["input_ids"].shape[1] + 1, dtype=torch.long)
+
+    def stepped(cache: Any) -> Tensor:
+        return model(input_ids=token, attention_mask=mask, **{CACHE: cache}).logits[:, -1]
+
+    with torch.no_grad():
+        plain_cache = hf_cache.cache_in(model(**given, use_cache=True))
+        with vt.patched(model, "lazy_llm", begin=0.0, final_keep=0.2):
+            cache = hf_cache.cache_in(model(**given, use_cache=True))
+            sees = {layer: held.sees for layer, held in (hf_cache.layers_of(cache) or {}).items()}
+            got = stepped(cache)
+        unmasked = stepped(copy.deepcopy(plain_cache))
+        hooks = [masking(layer, sees[index]) for index, layer in enumerate(stack_of(model).layers) if index in sees]
+        try:
+            want = stepped(plain_cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    assert any(not bool(part.all()) for part in sees.values() if part is not None)
+    assert not torch.allclose(got, unmasked, atol=1e-4)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def masking(layer: Any, sees: Tensor | None) -> Any:
+    """Makes a layer of the plain model look past the columns that are False in (B, Hkv, E)."""
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if sees is None:
+            return None
+        groups = module.self_attn.num_key_value_groups
+        seen = torch.nn.functional.pad(sees, (0, 1), value=True).repeat_interleave(groups, 1)[:, :, None]
+        return args, {**kwargs, "attention_mask": torch.zeros(seen.shape).masked_fill(~seen, -1e9)}
+
+    return layer.register_forward_pre_hook(before, with_kwargs=True)

@@ -155,8 +155,11 @@ def substitute(run: Any, index: int, x: Tensor, kwargs: dict[str, Any]) -> None:
     layer = cache.layers[index]
     past = layer.get_seq_length() - getattr(layer, "gone", 0)
     static = hasattr(layer, "cumulative_length")
-    kwargs["attention_mask"] = _later_mask(run.base, live, held.length, past, count, x, layer if static else None,
-                                           kwargs.get("attention_mask"))  # fmt: skip
+    if held.sees is not None:
+        kwargs["attention_mask"] = _hidden_mask(run, held, past, count, x, layer if static else None)
+    else:
+        kwargs["attention_mask"] = _later_mask(run.base, live, held.length, past, count, x, layer if static else None,
+                                               kwargs.get("attention_mask"))  # fmt: skip
     if held.compact:
         own = held.length if live is None else live.sum(dim=1, keepdim=True)
         places = (own + past - held.length + torch.arange(count, device=x.device)).expand(batch, -1)
